@@ -1,0 +1,10 @@
+"""Fused bidirectional operators for linear-complexity vision backbones.
+
+Depends on torch alone; Triton is used where it is there. See README.md of each operator's folder for its mathematics.
+"""
+
+from linvis_ops._dispatch import BackendUnavailableError, available_backends, operators
+from linvis_ops.bi_wkv import bi_wkv
+from linvis_ops.q_shift import q_shift
+
+__all__ = ['BackendUnavailableError', 'available_backends', 'bi_wkv', 'operators', 'q_shift']

@@ -1,0 +1,81 @@
+"""Checks of user input, with one form of message: what was expected, what came."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+TOKEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def shape_text(tensor: Tensor) -> str:
+    """Shape as it is printed in messages, e.g. (2, 196, 192)."""
+    return '(' + ', '.join(str(size) for size in tensor.shape) + ')'
+
+
+def check_tensors(op: str, **tensors: Tensor) -> None:
+    """Raise TypeError unless every argument is a tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f'{op}: {name} must be a tensor, got {type(tensor).__name__}.')
+
+
+def check_tokens(op: str, **tensors: Tensor) -> None:
+    """Raise unless all tensors are (B, T, C) of one shape, dtype and device, not empty."""
+    names = list(tensors)
+    first = tensors[names[0]]
+    for name, tensor in tensors.items():
+        if tensor.dim() != 3:
+            raise ValueError(f'{op}: {name} must be (B, T, C), got {shape_text(tensor)}.')
+        if tensor.numel() == 0:
+            raise ValueError(f'{op}: {name} must not be empty, got {shape_text(tensor)}.')
+        if tensor.dtype not in TOKEN_DTYPES:
+            raise TypeError(
+                f'{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
+            )
+    for name in names[1:]:
+        tensor = tensors[name]
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f'{op}: {names[0]} and {name} must have one shape, got {names[0]} {shape_text(first)}, '
+                f'{name} {shape_text(tensor)}.'
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f'{op}: {names[0]} and {name} must have one dtype, got {first.dtype} and {tensor.dtype}.'
+            )
+    check_device(op, tensors.items())
+
+
+def check_channels(op: str, channels: int, dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Raise unless all tensors are (C,) and float32 (float64 beside float64 tokens)."""
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, tensor in tensors.items():
+        if tensor.shape != (channels,):
+            raise ValueError(f'{op}: {name} must be ({channels},), got {shape_text(tensor)}.')
+        if tensor.dtype != expected:
+            raise TypeError(
+                f'{op}: {name} must be {expected} beside {dtype} tokens, got {tensor.dtype}; cast it first.'
+            )
+
+
+def check_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError unless all named tensors are on one device."""
+    items = list(tensors)
+    first_name, first = items[0]
+    for name, tensor in items[1:]:
+        if tensor.device != first.device:
+            raise ValueError(
+                f'{op}: {first_name} is on {first.device} and {name} on {tensor.device}; move them to one device.'
+            )
+
+
+def check_grid(op: str, tokens: int, hw: tuple[int, int]) -> None:
+    """Raise ValueError unless the tokens fill a (rows, columns) grid, with one trailing class token or none."""
+    if len(hw) != 2 or hw[0] < 1 or hw[1] < 1:
+        raise ValueError(f'{op}: hw must be (rows, columns), both at least 1, got {tuple(hw)}.')
+    grid = hw[0] * hw[1]
+    if tokens not in (grid, grid + 1):
+        raise ValueError(
+            f'{op}: hw {tuple(hw)} stands for {grid} tokens ({grid + 1} with a class token), got {tokens}.'
+        )

@@ -1,0 +1,121 @@
+"""Choice of a backend: a priority list whose predicates say why one cannot run."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = 'LINVIS_OPS_BACKEND'
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was named that does not exist or cannot run these inputs."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    Attributes:
+        name: What users write as `backend=`.
+        unavailable: Takes the operator's input tensors (none: asks about the machine alone); returns None if the
+            backend can run them, else a clause that says why not.
+        forward: Implementation of the forward operator.
+        backward: Implementation of the backward operator.
+    """
+
+    name: str
+    unavailable: Callable[..., str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+_BACKENDS: dict[str, tuple[Backend, ...]] = {}
+
+# The definition in plain differentiable PyTorch: always there, never registered as an operator.
+REFERENCE = 'reference'
+
+
+def register_backends(op: str, backends: Sequence[Backend]) -> None:
+    """Record the backends of an operator, the preferred one first."""
+    _BACKENDS[op] = tuple(backends)
+
+
+def available_backends(op: str, *tensors: Tensor) -> dict[str, str | None]:
+    """Backends of an operator and why they cannot run.
+
+    Args:
+        op: Name of the operator, e.g. 'bi_wkv'.
+        tensors: Its input tensors; none to ask about the machine alone.
+
+    Returns:
+        Name to None (can run) or a clause that says why not, the preferred backend first.
+
+    Raises:
+        ValueError: If there is no such operator.
+    """
+    if op not in _BACKENDS:
+        raise ValueError(f'there is no operator {op!r}; there are {", ".join(sorted(_BACKENDS))}.')
+    reasons = {backend.name: backend.unavailable(*tensors) for backend in _BACKENDS[op]}
+    return {**reasons, REFERENCE: None}
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all operators that have a choice of backends."""
+    return tuple(sorted(_BACKENDS))
+
+
+def check_backend_name(op: str, name: str) -> None:
+    """Raise BackendUnavailableError unless `name` is 'auto' or a backend of the operator."""
+    names = ['auto', *(backend.name for backend in _BACKENDS[op]), REFERENCE]
+    if name not in names:
+        raise BackendUnavailableError(f'{op}: there is no backend {name!r}; choose one of {", ".join(names)}.')
+
+
+def requested_backend(op: str, name: str) -> str:
+    """The backend that is asked for: the argument, or LINVIS_OPS_BACKEND where the argument is 'auto'."""
+    check_backend_name(op, name)
+    if name != 'auto':
+        return name
+    override = os.environ.get(ENVIRONMENT_VARIABLE, 'auto')
+    check_backend_name(op, override)
+    return override
+
+
+@functools.cache
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, message)
+
+
+def select(op: str, name: str, *tensors: Tensor) -> Backend:
+    """Choose the backend that runs these tensors.
+
+    Args:
+        op: Name of the operator.
+        name: 'auto' for the first of the list that can run, or a backend's name.
+        tensors: Input tensors of the operator.
+
+    Returns:
+        The backend. A skipped backend is logged once: as a warning for tensors on a GPU, else at debug level.
+
+    Raises:
+        BackendUnavailableError: If the named backend cannot run these tensors; the message says why.
+    """
+    skipped = []
+    for backend in _BACKENDS[op]:
+        if name not in ('auto', backend.name):
+            continue
+        reason = backend.unavailable(*tensors)
+        if reason is None:
+            if skipped:
+                level = logging.WARNING if tensors[0].device.type == 'cuda' else logging.DEBUG
+                _say_once(level, f'{op} runs on backend {backend.name}: ' + '; '.join(skipped) + '.')
+            return backend
+        skipped.append(f'{backend.name} cannot run, since {reason}')
+    raise BackendUnavailableError(f'{op}: ' + '; '.join(skipped) + '.')

@@ -1,0 +1,33 @@
+"""Backends of Bi-WKV, the preferred one first."""
+
+from torch import Tensor
+
+from linvis_ops._dispatch import Backend
+from linvis_ops._triton import dtype_unavailable, triton_unavailable
+from linvis_ops.bi_wkv.reference import bi_wkv_backward, bi_wkv_chunked
+
+
+def _triton_unavailable(*tensors: Tensor) -> str | None:
+    return triton_unavailable(*tensors) or dtype_unavailable(*tensors)
+
+
+def _triton_forward(*args: Tensor) -> tuple[Tensor, Tensor]:
+    from linvis_ops.bi_wkv import kernels_triton  # needs triton, which may be absent
+
+    return kernels_triton.bi_wkv_forward(*args)
+
+
+def _triton_backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from linvis_ops.bi_wkv import kernels_triton
+
+    return kernels_triton.bi_wkv_backward(*args)
+
+
+def _always(*_tensors: Tensor) -> str | None:
+    return None
+
+
+BACKENDS = (
+    Backend('triton', _triton_unavailable, _triton_forward, _triton_backward),
+    Backend('torch', _always, bi_wkv_chunked, bi_wkv_backward),
+)
