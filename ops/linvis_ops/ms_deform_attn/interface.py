@@ -19,18 +19,18 @@ def ms_deform_attn(
 ) -> Tensor:
     """Multi-scale deformable attention: a weighted sum of bilinear samples from several maps.
 
-    y[b, q, h] = sum over l, p of A[b, q, h, l, p] * bilinear(V[b, h, l], X[b, q, h, l, p]), where the
-    map V[b, h, l] is the rows `level_start_index[l]` and following of `value[b, :, h]`, laid out as
-    `spatial_shapes[l]`. A location (x, y) = (0, 0) is the upper left corner of the first pixel and
+    y[b, q, h] = sum over l, p of A[b, q, h, l, p] * bilinear(V[b, h, l], X[b, q, h, l, p]), where
+    the map V[b, h, l] is `value[b, :, h]` from `level_start_index[l]` on, laid out row by row as
+    `spatial_shapes[l]` says. A location (x, y) = (0, 0) is the upper left corner of the first pixel and
     (1, 1) the lower right corner of the last one; a map is zero outside.
 
     Args:
         value: Features of all levels, shape (B, S, H, K), float16, bfloat16, float32 or float64.
-        spatial_shapes: (rows, columns) of each of the L levels, a tensor of shape (L, 2) or a nested
-            list. A list spares a CUDA device one synchronisation.
+        spatial_shapes: (rows, columns) of each of the L levels, a tensor of shape (L, 2) or a
+            nested list. A list spares a CUDA device one synchronisation.
         level_start_index: Index in S of the first pixel of each level, shape (L,), or a list.
-        sampling_locations: Normalised (x, y), shape (B, Q, H, L, P, 2), any dtype of the above. Under
-            autocast keep it in float32: bfloat16 moves a point by up to a pixel on a wide map.
+        sampling_locations: Normalised (x, y), shape (B, Q, H, L, P, 2), any dtype of the above.
+            Keep it in float32 under autocast: bfloat16 moves points by up to a pixel on wide maps.
         attention_weights: Weight of each point, shape (B, Q, H, L, P), any dtype of the above.
 
     Returns:
@@ -51,14 +51,14 @@ def ms_deform_attn(
     _check_tensors(value, sampling_locations, attention_weights, len(shapes))
     if len(starts) != len(shapes):
         raise ValueError(
-            'ms_deform_attn: level_start_index must have one entry for each level of spatial_shapes, '
-            f'got {len(starts)} entries for {len(shapes)} levels.'
+            'ms_deform_attn: level_start_index must have one entry for each level of '
+            f'spatial_shapes, got {len(starts)} entries for {len(shapes)} levels.'
         )
     for (rows, columns), start in zip(shapes, starts, strict=True):
         if rows < 1 or columns < 1 or start < 0 or start + rows * columns > value.shape[1]:
             raise ValueError(
-                f'ms_deform_attn: a level of {rows} x {columns} pixels starting at {start} must have '
-                f'pixels and lie within the {value.shape[1]} positions of value.'
+                f'ms_deform_attn: a level of {rows} x {columns} pixels starting at {start} '
+                f'must have pixels and lie within the {value.shape[1]} positions of value.'
             )
     return ms_deform_attn_reference(value, shapes, starts, sampling_locations, attention_weights)
 
@@ -115,6 +115,6 @@ def _check_tensors(value: Tensor, locations: Tensor, weights: Tensor, levels: in
         )
     if weights.shape != locations.shape[:-1]:
         raise ValueError(
-            'ms_deform_attn: attention_weights must have the shape of sampling_locations without its '
-            f'last dimension, {tuple(locations.shape[:-1])}, got {tuple(weights.shape)}.'
+            'ms_deform_attn: attention_weights must have the shape of sampling_locations without '
+            f'its last dimension, {tuple(locations.shape[:-1])}, got {tuple(weights.shape)}.'
         )

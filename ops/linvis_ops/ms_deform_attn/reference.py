@@ -17,7 +17,7 @@ def ms_deform_attn_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Compute what `linvis_ops.ms_deform_attn` is defined to be, for inputs that are already checked.
+    """Compute `linvis_ops.ms_deform_attn` for inputs that are already checked.
 
     Arguments and result as there, with the shapes and the starts of the levels as Python integers.
     Half-precision inputs are computed in float32, float64 stays float64.
