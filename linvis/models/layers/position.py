@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+
+def resize_position_embedding(
+    pos_embed: Tensor, source_hw: tuple[int, int], target_hw: tuple[int, int]
+) -> Tensor:
+    """Resample a learnt position embedding for another token grid (bicubic, pixel centres aligned).
+
+    Args:
+        pos_embed: Shape (1, rows * columns of source_hw, C).
+        source_hw: Grid (rows, columns) of pos_embed.
+        target_hw: Grid wanted.
+
+    Returns:
+        Shape (1, rows * columns of target_hw, C); pos_embed itself if the grids are equal.
+
+    Raises:
+        ValueError: If the number of tokens is not that of source_hw.
+    """
+    if pos_embed.shape[1] != source_hw[0] * source_hw[1]:
+        raise ValueError(
+            f'A position embedding of {pos_embed.shape[1]} tokens is not a grid of '
+            f'{source_hw[0]} x {source_hw[1]}; pass the grid it was trained with as source_hw.'
+        )
+    if source_hw == target_hw:
+        return pos_embed
+    grid = pos_embed.transpose(1, 2).unflatten(2, source_hw)  # (1, C, rows, columns)
+    grid = F.interpolate(grid, size=target_hw, mode='bicubic', align_corners=False)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def resize_position_embedding_on_load(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Fit `pos_embed` of a state dict to a module that has `pos_embed` and its grid `pos_grid`.
+
+    To be registered with `register_load_state_dict_pre_hook`. A token count other than the
+    module's is taken for a square grid.
+
+    Raises:
+        ValueError: If it is no square number, since the grid is then unknown.
+    """
+    key = f'{prefix}pos_embed'
+    loaded = state_dict.get(key)
+    target_hw: tuple[int, int] = module.pos_grid  # type: ignore[assignment]
+    if loaded is None or loaded.ndim != 3 or loaded.shape[1] == target_hw[0] * target_hw[1]:
+        return
+    tokens = loaded.shape[1]
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(
+            f'{key} of the checkpoint has {tokens} tokens, which is neither the grid '
+            f'{target_hw[0]} x {target_hw[1]} of this model nor a square; resample it with '
+            'resize_position_embedding(source_hw=...) before loading.'
+        )
+    state_dict[key] = resize_position_embedding(loaded, (side, side), target_hw)
+    print_log(
+        f'{key}: resized from {side} x {side} to {target_hw[0]} x {target_hw[1]} tokens.',
+        logger='current',
+    )

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linvis_ops import q_shift
+
+
+def shift_and_mix(
+    x: Tensor, hw: tuple[int, int], mus: tuple[Tensor, ...], backend: str
+) -> tuple[Tensor, ...]:
+    """Blend every token with its four neighbours: x * mu + q_shift(x) * (1 - mu) for each mu.
+
+    Args:
+        x: Tokens, shape (B, T, C).
+        hw: Token grid (rows, columns).
+        mus: Weights of the token itself, each of shape (1, 1, C).
+        backend: Backend of `linvis_ops.q_shift`.
+
+    Returns:
+        One tensor of shape (B, T, C) for each mu.
+    """
+    shifted = q_shift(x, hw, backend=backend)
+    return tuple(torch.lerp(shifted, x, mu.to(x.dtype)) for mu in mus)
+
+
+def mixing_ramp(channels: int, power: float) -> Tensor:
+    """Initial mixing weights (i / channels) ** power for channel i, shape (1, 1, channels)."""
+    return (torch.arange(channels) / channels).pow(power).view(1, 1, channels)
