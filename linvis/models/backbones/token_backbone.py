@@ -14,6 +14,7 @@ from linvis.models.layers.position import (
     resize_position_embedding,
     resize_position_embedding_on_load,
 )
+from linvis.utils.checkpoint import check_fits
 
 OUT_TYPES = ('featmap', 'raw', 'avg_featmap')
 
@@ -31,6 +32,7 @@ class TokenBackbone(BaseModule, ABC):
       the last layer is normalised, others are not. Layers behind the last output are not run.
     * The position embedding is learnt for the grid of `img_size` and resampled (bicubic) for any
       other grid, at run time and when a state dict of another resolution is loaded.
+    * A state dict of another architecture is refused, also by loaders that would only warn.
     * With zero drop rates, training and evaluation mode compute the same function.
 
     An adapter or any other composition may use the steps on their own: `embed`, `layers[i](tokens,
@@ -93,6 +95,7 @@ class TokenBackbone(BaseModule, ABC):
         self.layers = nn.ModuleList(layers)
         self.add_module(self.final_norm_name, final_norm)
         self.register_load_state_dict_pre_hook(resize_position_embedding_on_load)
+        self.register_load_state_dict_pre_hook(_refuse_other_architecture)
         for module in self._frozen_modules():
             module.requires_grad_(False)
         self.pos_embed.requires_grad_(frozen_stages < 0)
@@ -187,6 +190,14 @@ class TokenBackbone(BaseModule, ABC):
         if name.startswith('layers.'):
             return int(name.split('.')[1]) + 1, depths
         return depths - 1, depths
+
+
+def _refuse_other_architecture(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Stop where mmengine would only warn, and train from random weights."""
+    if state_dict:
+        check_fits(module, state_dict, prefix)
 
 
 def _absolute_indices(out_indices: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
