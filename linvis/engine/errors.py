@@ -1,0 +1,88 @@
+"""Which exceptions are a user's mistake, and the one sentence that says so."""
+
+import importlib.util
+import linecache
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_WORKER_MARK = 'in DataLoader worker process'
+
+
+class LaunchError(ValueError):
+    """A command line, config or environment that cannot run; the message is one sentence."""
+
+
+def user_sentence(error: BaseException) -> str | None:
+    """Says in one line what a user can mend, or nothing if the error is a bug.
+
+    A mistake of the user is: an exception that linvis or linvis_ops raises on purpose (a `raise`
+    statement), also in a process of the data loader, a name that is in no registry, an argument
+    that a class does not have, and a GPU without memory left.
+
+    Args:
+        error: The exception with its traceback.
+
+    Returns:
+        One sentence without line breaks, or None.
+    """
+    text = _message(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (
+            'The GPU has no memory left: lower train_dataloader.batch_size, or set '
+            f'model.backbone.with_cp=True ({text.split(". ")[1] if ". " in text else text}).'
+        )
+    if isinstance(error, KeyError) and 'is not in the' in text and 'registry' in text:
+        name = text.split(' is not in the', 1)[0]
+        registry = text.split(' is not in the ', 1)[1].split(' registry', 1)[0]
+        return f'{name} is not a known {registry.rpartition("::")[2]}: check `type` in the config.'
+    if isinstance(error, TypeError) and 'unexpected keyword argument' in text:
+        return f'{text}: check the config.' if _raised_while_building(error) else None
+    if isinstance(error, (ValueError, TypeError, FileNotFoundError, RuntimeError, ImportError)):
+        return text if _raised_by_linvis(error) else None
+    return None
+
+
+def _message(error: BaseException) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    text = str(text)
+    if _thrown_in_worker(text):
+        text = text.rstrip().rpartition('\n')[2].partition(': ')[2]
+    return ' '.join(text.split())
+
+
+def _thrown_in_worker(text: str) -> bool:
+    """Whether a text is the traceback of an exception of ours out of a loader's process."""
+    return _WORKER_MARK in text and text.rstrip().rpartition('\n')[2].startswith('linvis.')
+
+
+def _last_frame(error: BaseException) -> TracebackType | None:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame
+
+
+def _raised_by_linvis(error: BaseException) -> bool:
+    """Whether a raise statement of our packages threw the error, on purpose therefore."""
+    if _thrown_in_worker(str(error)):
+        return True
+    frame = _last_frame(error)
+    if frame is None:
+        return False
+    filename = frame.tb_frame.f_code.co_filename
+    name = frame.tb_frame.f_globals.get('__name__', '')
+    if name.partition('.')[0] not in ('linvis', 'linvis_ops'):
+        return False
+    return linecache.getline(filename, frame.tb_lineno).strip().startswith('raise ')
+
+
+def _raised_while_building(error: BaseException) -> bool:
+    """Whether mmengine called a class with arguments out of a config."""
+    spec = importlib.util.find_spec('mmengine')
+    if spec is None or spec.origin is None:
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(spec.origin).parent)

@@ -1,0 +1,186 @@
+"""What tools/train.py and tools/test.py do, for the three tasks alike."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.fileio import dump
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from linvis import compat
+from linvis.datasets.checks import check_dataset_cfg
+from linvis.engine import config as configs
+from linvis.engine.devices import Placement, join_processes, resolve_placement
+from linvis.engine.errors import LaunchError
+from linvis.engine.runner import TaskRunner
+from linvis.utils.checkpoint import register_safe_loader
+from linvis.utils.environment import startup_lines
+
+_VISUALIZATION_HOOKS = {
+    'mmpretrain': 'VisualizationHook',
+    'mmdet': 'DetVisualizationHook',
+    'mmseg': 'SegVisualizationHook',
+}
+_DUMPERS = {'mmdet': 'DumpDetResults', 'mmseg': 'linvis.DumpSegResults'}
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains the model of a config.
+
+    Args:
+        args: Result of `linvis.cli.train_parser()`.
+
+    Raises:
+        LaunchError: If the command line, config or machine cannot train.
+    """
+    cfg, placement = _prepare(args, 'train')
+    if args.amp:
+        configs.enable_amp(cfg)
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and placement.device == 'cpu':
+        wish = '--amp' if args.amp else f'AmpOptimWrapper in {args.config}'
+        raise LaunchError(
+            f'{wish} needs a GPU, and this run is on the CPU: leave mixed precision out.'
+        )
+    if args.auto_scale_lr:
+        configs.enable_lr_scaling(cfg, args.config)
+    _resume(cfg, args.resume)
+    configs.make_resumable(cfg)
+    _check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    _start(cfg, placement).train()
+
+
+def test(args: argparse.Namespace) -> None:
+    """Tests a checkpoint of a config's model.
+
+    Args:
+        args: Result of `linvis.cli.test_parser()`.
+
+    Raises:
+        LaunchError: If the command line, config or machine cannot test, or if the checkpoint is
+            one of another model.
+    """
+    cfg, placement = _prepare(args, 'test')
+    _check_exists(args.checkpoint)
+    cfg.load_from = args.checkpoint
+    configs.require_matching_checkpoint(cfg, args.checkpoint)
+    if args.show_dir is not None:
+        _draw_into(cfg, args.show_dir)
+    out = Path(args.out) if args.out is not None else None
+    if out is not None:
+        if out.suffix not in ('.pkl', '.pickle', '.json'):
+            raise LaunchError(f'--out {out}: expected .pkl for predictions or .json for metrics.')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix != '.json':
+            _add_dumper(cfg, out)
+    _check_data(cfg, ('test_dataloader',))
+    metrics = _start(cfg, placement).test()
+    if out is not None and out.suffix == '.json' and is_main_process():
+        dump(metrics, str(out), indent=2)
+
+
+def close_process_group() -> None:
+    """Leaves the job's processes, if they were connected."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _prepare(args: argparse.Namespace, kind: str) -> tuple[Config, Placement]:
+    """Reads the config and finds the device."""
+    compat.install()
+    register_safe_loader()
+    cfg = configs.load_config(args.config, args.cfg_options)
+    configs.require(cfg, kind, args.config)
+    configs.set_work_dir(cfg, args.work_dir, args.config)
+    cfg.launcher = args.launcher
+    placement = resolve_placement(args.device, args.launcher)
+    if cfg.get('load_from') and kind == 'train':
+        _check_exists(cfg.load_from)
+    return cfg, placement
+
+
+def _start(cfg: Config, placement: Placement) -> Runner:
+    """Connects the processes, reports what the run runs on and builds the runner."""
+    join_processes(placement, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800))
+    if placement.rank == 0:
+        text = f'{placement.device}, {placement.world_size} process(es)'
+        if placement.launcher != 'none':
+            text += f' of launcher {placement.launcher} over {placement.backend}'
+        print('\n'.join(startup_lines(text)), flush=True)  # noqa: T201
+    return TaskRunner.from_cfg(cfg)
+
+
+def _check_data(cfg: Config, names: tuple[str, ...]) -> None:
+    for name in names:
+        loader = cfg.get(name)
+        if loader is not None and isinstance(loader.get('dataset'), dict):
+            check_dataset_cfg(loader.dataset)
+
+
+def _check_exists(checkpoint: str) -> None:
+    path = Path(checkpoint)
+    if '://' in checkpoint or path.is_file():
+        return
+    near = sorted(path.parent.glob('*.pth')) if path.parent.is_dir() else []
+    hint = f' {path.parent} holds {", ".join(file.name for file in near[-3:])}.' if near else ''
+    problem = 'is a folder, not a file' if path.is_dir() else 'does not exist'
+    raise LaunchError(f'Checkpoint {checkpoint} {problem}.{hint}')
+
+
+def _resume(cfg: Config, resume: str | None) -> None:
+    """Finds the checkpoint to go on from."""
+    if resume is None and not cfg.get('resume'):
+        return
+    named = resume if resume not in (None, 'auto') else None
+    if resume is None:
+        named = cfg.get('load_from')
+    path = named or _latest_checkpoint(cfg.work_dir)
+    if path is None:
+        print(  # noqa: T201
+            f'Nothing to resume in {cfg.work_dir}: starting a new run.', flush=True
+        )
+        cfg.resume = False
+        return
+    _check_exists(path)
+    cfg.resume = True
+    cfg.load_from = path
+    configs.require_matching_checkpoint(cfg, path, resume=True)
+
+
+def _latest_checkpoint(work_dir: str) -> str | None:
+    """Returns the checkpoint that the last run names, also after its folder was moved."""
+    if not (Path(work_dir) / 'last_checkpoint').is_file():
+        return None
+    path = Path(find_latest_checkpoint(work_dir))
+    moved = Path(work_dir) / path.name
+    return str(moved if not path.is_file() and moved.is_file() else path)
+
+
+def _draw_into(cfg: Config, folder: str) -> None:
+    """Has the task's hook draw predictions into a folder."""
+    path = str(Path(folder).resolve())
+    scope = cfg.get('default_scope')
+    if scope not in _VISUALIZATION_HOOKS:
+        raise LaunchError(
+            f'--show-dir knows mmpretrain, mmdet and mmseg, got default_scope {scope}.'
+        )
+    hooks = cfg.setdefault('default_hooks', {})
+    hook: dict[str, Any] = hooks.get('visualization') or {'type': _VISUALIZATION_HOOKS[scope]}
+    if scope == 'mmpretrain':
+        hook.update(enable=True, interval=1, out_dir=path)
+    elif scope == 'mmdet':
+        hook.update(draw=True, test_out_dir=path)
+    else:
+        hook.update(draw=True)
+        cfg.visualizer.save_dir = path
+    hooks['visualization'] = hook
+
+
+def _add_dumper(cfg: Config, path: Path) -> None:
+    """Adds a metric that writes the predictions."""
+    kind = _DUMPERS.get(cfg.get('default_scope'), 'DumpResults')
+    evaluator = cfg.test_evaluator
+    metrics = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]
+    cfg.test_evaluator = [*metrics, {'type': kind, 'out_file_path': str(path)}]
