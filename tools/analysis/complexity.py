@@ -1,0 +1,101 @@
+"""Count parameters and multiply-accumulates of a model.
+
+    python tools/analysis/complexity.py CONFIG [--shape 512 512]
+    python tools/analysis/complexity.py --arch tiny
+
+Convention: one multiply-accumulate (MAC) counts once, as in most papers, where it is called a FLOP;
+PyTorch's counter counts two operations, so its numbers are halved. Counted are convolutions,
+matrix products and the operators of this project by their formulas (Bi-WKV: 13 operations per token
+and channel in the forward pass); normalisation, activations and other pointwise work are not. The
+model is built without memory and run on shapes alone. MACs are those of backbone and neck for one
+picture; parameters are those of the whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from linvis import compat
+from linvis.models import VRWKV
+
+
+class Complexity(NamedTuple):
+    """Parameters by part of the model and multiply-accumulates by operator."""
+
+    parameters: dict[str, int]
+    macs: dict[str, float]
+
+
+def measure(model: nn.Module, height: int, width: int) -> Complexity:
+    """Count for one picture of height x width pixels.
+
+    Args:
+        model: Backbone, or a classifier, detector or segmentor, which has `extract_feat`; on the
+            meta device, or any other.
+        height: Height of the picture in pixels.
+        width: Width of the picture in pixels.
+    """
+    device = next(model.parameters()).device
+    features = getattr(model, 'extract_feat', model)
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features(torch.empty(1, 3, height, width, device=device))
+    macs = {
+        str(operator): operations / 2
+        for operator, operations in counter.get_flop_counts()['Global'].items()
+        if operations
+    }
+    parameters: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parameters[name.partition('.')[0]] += parameter.numel()
+    return Complexity(dict(parameters), macs)
+
+
+def build(config: str | None, arch: str | None) -> nn.Module:
+    """The model of a config file, or the backbone VRWKV of an arch, on the meta device."""
+    with torch.device('meta'):
+        if arch is not None:
+            return VRWKV(arch)
+        cfg = Config.fromfile(config)
+        compat.install()
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        return MODELS.build(cfg.model)
+
+
+def print_table(title: str, rows: dict[str, float], unit: str, scale: float) -> None:
+    """Print rows and their sum."""
+    print(f'{title} [{unit}]')
+    for name, value in [*rows.items(), ('total', sum(rows.values()))]:
+        print(f'  {name:<24} {value / scale:>12.4f}')
+
+
+def main() -> int:
+    """Count for the model of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('config', nargs='?', help='config file with a model')
+    what.add_argument('--arch', choices=sorted(VRWKV.archs), help='arch of the backbone VRWKV')
+    parser.add_argument('--shape', nargs=2, type=int, default=(224, 224), metavar=('H', 'W'))
+    args = parser.parse_args()
+    try:
+        complexity = measure(build(args.config, args.arch), *args.shape)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f'picture: 1 x 3 x {args.shape[0]} x {args.shape[1]}')
+    print_table('parameters', complexity.parameters, 'M', 1e6)
+    print_table('multiply-accumulates of backbone and neck', complexity.macs, 'G', 1e9)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
