@@ -37,7 +37,7 @@ def install_mmcv_ext() -> Literal['compiled', 'stand-in']:
             raise
     except ImportError as error:
         raise ImportError(
-            f'the compiled operators of mmcv do not load ({error}): build mmcv for this PyTorch, or '
+            f'the compiled operators of mmcv do not load ({error}): build mmcv for this PyTorch or '
             'reinstall it with `pip install --no-deps -r requirements/mm.txt` to do without them.'
         ) from error
     return 'stand-in' if isinstance(module, StandInModule) else 'compiled'

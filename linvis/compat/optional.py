@@ -52,7 +52,7 @@ def install_multimodal() -> str | None:
 
 
 @contextmanager
-def _with_imgaug(_: ModuleType) -> Iterator[None]:
+def _with_imgaug(_module: ModuleType) -> Iterator[None]:
     """Stand-ins for imgaug while one module is executed, so that nobody else takes it for there."""
     stand_ins = {
         name: StandInModule(name, 'Absent.', provided={}, missing=_no_imgaug)
@@ -66,8 +66,8 @@ def _with_imgaug(_: ModuleType) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in stand_ins:
-            del sys.modules[name]
+        for stand_in in stand_ins.values():
+            del sys.modules[stand_in.__name__]
 
 
 @contextmanager
