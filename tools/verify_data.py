@@ -33,7 +33,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--workers', type=int, default=os.cpu_count() or 1, help='processes that open files'
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.workers < 0:
+        parser.error(f'--workers must be 0 or more, got {options.workers}')
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -116,7 +116,7 @@ def _classes(cfg: Mapping[str, Any]) -> list[str] | None:
     if isinstance(classes, str):  # a file with a name in every line
         path = Path(classes)
         _need_file(path, 'file of class names')
-        return path.read_text().split('\n')
+        return path.read_text().splitlines()
     return None if classes is None else list(classes)
 
 
@@ -157,9 +157,11 @@ def _check_folders_of_classes(name: str, cfg: Mapping[str, Any]) -> None:
     with os.scandir(folder) as entries:
         found = sum(entry.is_dir() for entry in entries)
     classes = _classes(cfg)
-    expected = NUM_IMAGENET_CLASSES if name == 'ImageNet' and classes is None else None
-    expected = len(classes) if classes is not None else expected
-    if expected is not None and found != expected:
+    if classes is not None:
+        expected = len(classes)
+    else:
+        expected = NUM_IMAGENET_CLASSES if name == 'ImageNet' else found
+    if found != expected:
         raise DatasetError(
             f'{name}: {folder} has {found} class folders where {expected} are expected; {REMEDY}.'
         )

@@ -170,7 +170,7 @@ def scale_annotation(
 
 
 def annotation_mask(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """Return the mask (height, width) of one annotation in a picture of the size (width, height)."""
+    """Return the mask (height, width) of an annotation in a picture of size (width, height)."""
     segmentation = annotation['segmentation']
     if isinstance(segmentation, dict):
         return decode_rle(segmentation)
