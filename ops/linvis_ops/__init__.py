@@ -1,6 +1,7 @@
 """Fused bidirectional operators for linear-complexity vision backbones.
 
-Depends on torch alone; Triton is used where it is there. See README.md of each operator's folder for its mathematics.
+Depends on torch alone; Triton is used where it is there. See README.md of each operator's folder
+for its mathematics.
 """
 
 from linvis_ops._dispatch import BackendUnavailableError, available_backends, operators

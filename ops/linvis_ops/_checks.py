@@ -10,7 +10,7 @@ TOKEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def shape_text(tensor: Tensor) -> str:
     """Shape as it is printed in messages, e.g. (2, 196, 192)."""
-    return '(' + ', '.join(str(size) for size in tensor.shape) + ')'
+    return str(tuple(tensor.shape))
 
 
 def check_tensors(op: str, **tensors: Tensor) -> None:
@@ -37,12 +37,13 @@ def check_tokens(op: str, **tensors: Tensor) -> None:
         tensor = tensors[name]
         if tensor.shape != first.shape:
             raise ValueError(
-                f'{op}: {names[0]} and {name} must have one shape, got {names[0]} {shape_text(first)}, '
-                f'{name} {shape_text(tensor)}.'
+                f'{op}: {names[0]} and {name} must have one shape, '
+                f'got {names[0]} {shape_text(first)}, {name} {shape_text(tensor)}.'
             )
         if tensor.dtype != first.dtype:
             raise TypeError(
-                f'{op}: {names[0]} and {name} must have one dtype, got {first.dtype} and {tensor.dtype}.'
+                f'{op}: {names[0]} and {name} must have one dtype, '
+                f'got {first.dtype} and {tensor.dtype}.'
             )
     check_device(op, tensors.items())
 
@@ -55,7 +56,8 @@ def check_channels(op: str, channels: int, dtype: torch.dtype, **tensors: Tensor
             raise ValueError(f'{op}: {name} must be ({channels},), got {shape_text(tensor)}.')
         if tensor.dtype != expected:
             raise TypeError(
-                f'{op}: {name} must be {expected} beside {dtype} tokens, got {tensor.dtype}; cast it first.'
+                f'{op}: {name} must be {expected} beside {dtype} tokens, got {tensor.dtype}; '
+                f'cast it first.'
             )
 
 
@@ -66,16 +68,18 @@ def check_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in items[1:]:
         if tensor.device != first.device:
             raise ValueError(
-                f'{op}: {first_name} is on {first.device} and {name} on {tensor.device}; move them to one device.'
+                f'{op}: {first_name} is on {first.device} and {name} on {tensor.device}; '
+                f'move them to one device.'
             )
 
 
 def check_grid(op: str, tokens: int, hw: tuple[int, int]) -> None:
-    """Raise ValueError unless the tokens fill a (rows, columns) grid, with one trailing class token or none."""
+    """Raise ValueError unless the tokens fill a (rows, columns) grid, or it and a class token."""
     if len(hw) != 2 or hw[0] < 1 or hw[1] < 1:
         raise ValueError(f'{op}: hw must be (rows, columns), both at least 1, got {tuple(hw)}.')
     grid = hw[0] * hw[1]
     if tokens not in (grid, grid + 1):
         raise ValueError(
-            f'{op}: hw {tuple(hw)} stands for {grid} tokens ({grid + 1} with a class token), got {tokens}.'
+            f'{op}: hw {tuple(hw)} stands for {grid} tokens ({grid + 1} with a class token), '
+            f'got {tokens}.'
         )

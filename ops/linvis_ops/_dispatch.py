@@ -24,8 +24,8 @@ class Backend:
 
     Attributes:
         name: What users write as `backend=`.
-        unavailable: Takes the operator's input tensors (none: asks about the machine alone); returns None if the
-            backend can run them, else a clause that says why not.
+        unavailable: Takes the operator's input tensors (none: asks about the machine alone);
+            returns None if the backend can run them, else a clause that says why not.
         forward: Implementation of the forward operator.
         backward: Implementation of the backward operator.
     """
@@ -75,11 +75,13 @@ def check_backend_name(op: str, name: str) -> None:
     """Raise BackendUnavailableError unless `name` is 'auto' or a backend of the operator."""
     names = ['auto', *(backend.name for backend in _BACKENDS[op]), REFERENCE]
     if name not in names:
-        raise BackendUnavailableError(f'{op}: there is no backend {name!r}; choose one of {", ".join(names)}.')
+        raise BackendUnavailableError(
+            f'{op}: there is no backend {name!r}; choose one of {", ".join(names)}.'
+        )
 
 
 def requested_backend(op: str, name: str) -> str:
-    """The backend that is asked for: the argument, or LINVIS_OPS_BACKEND where the argument is 'auto'."""
+    """The backend that is asked for: the argument, or LINVIS_OPS_BACKEND where it is 'auto'."""
     check_backend_name(op, name)
     if name != 'auto':
         return name
@@ -102,10 +104,12 @@ def select(op: str, name: str, *tensors: Tensor) -> Backend:
         tensors: Input tensors of the operator.
 
     Returns:
-        The backend. A skipped backend is logged once: as a warning for tensors on a GPU, else at debug level.
+        The backend. A skipped backend is logged once: as a warning for tensors on a GPU, else at
+        debug level.
 
     Raises:
-        BackendUnavailableError: If the named backend cannot run these tensors; the message says why.
+        BackendUnavailableError: If the named backend cannot run these tensors; the message says
+            why.
     """
     skipped = []
     for backend in _BACKENDS[op]:
@@ -115,7 +119,9 @@ def select(op: str, name: str, *tensors: Tensor) -> Backend:
         if reason is None:
             if skipped:
                 level = logging.WARNING if tensors[0].device.type == 'cuda' else logging.DEBUG
-                _say_once(level, f'{op} runs on backend {backend.name}: ' + '; '.join(skipped) + '.')
+                _say_once(
+                    level, f'{op} runs on backend {backend.name}: ' + '; '.join(skipped) + '.'
+                )
             return backend
         skipped.append(f'{backend.name} cannot run, since {reason}')
     raise BackendUnavailableError(f'{op}: ' + '; '.join(skipped) + '.')

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 NAMESPACE = 'linvis'
 
@@ -22,15 +23,21 @@ def custom_op(name: str) -> Callable[[Function], Any]:
         A decorator that turns the function into a `torch.library.CustomOpDef`.
 
     Raises:
-        RuntimeError: If the name is defined already, which means that linvis_ops was imported twice.
+        RuntimeError: If the name is defined already, which means that linvis_ops was imported
+            twice.
     """
 
     def register(function: Function) -> Any:
         if hasattr(getattr(torch.ops, NAMESPACE), name):
             raise RuntimeError(
-                f'operator {NAMESPACE}::{name} is defined already: linvis_ops was imported under two names or '
-                f'from two folders; keep one.'
+                f'operator {NAMESPACE}::{name} is defined already: linvis_ops was imported under '
+                f'two names or from two folders; keep one.'
             )
         return torch.library.custom_op(f'{NAMESPACE}::{name}', function, mutates_args=())
 
     return register
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Context in which an operator's own arithmetic keeps its dtypes, which the inputs' set."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -57,7 +57,7 @@ def dtype_unavailable(*tensors: Tensor) -> str | None:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Context in which kernels launch on the tensor's device (Triton launches on the current one)."""
+    """Context in which kernels launch on the tensor's device, not on the current one."""
     if tensor.device.type == 'cuda':
         return torch.cuda.device(tensor.device)
     return nullcontext()

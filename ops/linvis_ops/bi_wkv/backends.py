@@ -11,7 +11,7 @@ def _triton_unavailable(*tensors: Tensor) -> str | None:
     return triton_unavailable(*tensors) or dtype_unavailable(*tensors)
 
 
-def _triton_forward(*args: Tensor) -> tuple[Tensor, Tensor]:
+def _triton_forward(*args: Tensor) -> Tensor:
     from linvis_ops.bi_wkv import kernels_triton  # needs triton, which may be absent
 
     return kernels_triton.bi_wkv_forward(*args)

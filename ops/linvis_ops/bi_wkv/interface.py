@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from linvis_ops import _checks, _dispatch
+from linvis_ops._library import without_autocast
 from linvis_ops.bi_wkv import op
 from linvis_ops.bi_wkv.reference import bi_wkv_quadratic
 
@@ -16,16 +17,18 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str = 'auto')
     with b[t, t] = u and b[t, s] = -w (|t - s| - 1).
 
     Args:
-        w: Decay per token step, shape (C,), float32, natural-log units; any sign, |w| up to 2.5. Divide by T
-            beforehand for the paper's form.
+        w: Decay per token step, shape (C,), float32, natural-log units; any sign, |w| up to 2.
+            Divide by T beforehand for the paper's form.
         u: Bonus of the token itself, shape (C,), float32.
         k: Keys (log weights), shape (B, T, C), float32, float16, bfloat16 or float64.
         v: Values, same shape and dtype as k.
-        backend: 'auto', or one of `available_backends('bi_wkv')`. 'reference' is the definition in differentiable
+        backend: 'auto', or one of `available_backends('bi_wkv')`. 'reference' is the definition in
+            differentiable
             PyTorch: O(T^2) memory, any order of derivatives.
 
     Returns:
-        Tensor of shape (B, T, C), contiguous, in the dtype of v. Sums are accumulated in float32 (float64 for float64).
+        Tensor of shape (B, T, C), contiguous, in the dtype of v. Sums are accumulated in float32
+        (float64 for float64).
 
     Raises:
         ValueError: If shapes or devices disagree.
@@ -33,8 +36,8 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str = 'auto')
         BackendUnavailableError: If the named backend cannot run these inputs; the message says why.
 
     Source:
-        Vision-RWKV (Duan et al., 2024), equation 5; README.md of this folder has the derivation and where the
-        authors' kernel differs.
+        Vision-RWKV (Duan et al., 2024), equation 5; README.md of this folder has the derivation and
+        where the authors' kernel differs.
     """
     _checks.check_tensors(NAME, w=w, u=u, k=k, v=v)
     _checks.check_tokens(NAME, k=k, v=v)
@@ -42,6 +45,6 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str = 'auto')
     _checks.check_device(NAME, [('k', k), ('w', w), ('u', u)])
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == _dispatch.REFERENCE:
-        return bi_wkv_quadratic(w, u, k, v)
-    y, _ = op.bi_wkv_fwd(w, u, k, v, backend)
-    return y
+        with without_autocast(k):
+            return bi_wkv_quadratic(w, u, k, v)
+    return op.bi_wkv_fwd(w, u, k, v, backend)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Within a chunk, decays are factored around its middle: the factors span exp(+-|w| L), which float32 holds for
-# |w| <= 2.5 a token whatever the keys are.
+# Within a chunk, decays are factored around its middle: the factors span exp(+-|w| L), which
+# float32 holds for |w| <= 2 a token whatever the keys are.
 CHUNK = 16
 
 
@@ -29,7 +29,8 @@ def bi_wkv_quadratic(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v: Values, (B, T, C).
 
     Returns:
-        Tensor of shape (B, T, C) in the dtype of v; differentiable any number of times. Takes O(B T^2 C) memory.
+        Tensor of shape (B, T, C) in the dtype of v; differentiable any number of times. Takes O(B
+        T^2 C) memory.
     """
     dtype = accumulation_dtype(v.dtype)
     tokens = k.shape[1]
@@ -46,7 +47,8 @@ class DecayedSums(NamedTuple):
     Attributes:
         scale: (B, T, C).
         sums: (X, B, T, C), one for each x.
-        moments: (X, B, T, C), the same sums over s != t with the further factor |t - s| - 1; None if not asked for.
+        moments: (X, B, T, C), the same sums over s != t with the further factor |t - s| - 1; None
+            if not asked for.
     """
 
     scale: Tensor
@@ -55,64 +57,61 @@ class DecayedSums(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Sums over the tokens on one side of t, each as exp(log-scale) * sums; chunked shapes as in decayed_sums."""
+    """Sums over the tokens on one side of t, each as exp(log-scale) * sums, in chunked shapes."""
 
     inner_scale: Tensor  # (B, N, L, C)
     inner: Tensor  # (X, B, N, L, C): tokens of the same chunk
     inner_moment: Tensor | None
     outer_scale: Tensor  # (B, N, L, C)
-    outer: Tensor  # (X, B, N, 1, C): tokens of the chunks before
+    outer: Tensor  # (X, B, N, 1, C): tokens of the chunks on that side
     outer_moment: Tensor | None
 
 
-def _exclusive_cumsum(x: Tensor, dim: int) -> Tensor:
-    """Sum of all earlier elements; not `cumsum - x`, which cancels where x dominates."""
-    total = x.cumsum(dim).narrow(dim, 0, x.shape[dim] - 1)
-    return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), total], dim)
-
-
-def _side_before(w: Tensor, a: Tensor, x: Tensor, moments: bool) -> _Side:
-    """Sums over s < t of exp(-w (t - s - 1) + a[s]) x[s], for a (B, N, L, C) and x (X, B, N, L, C)."""
+def _side(w: Tensor, a: Tensor, x: Tensor, *, after: bool, moments: bool) -> _Side:
+    """Sums over s < t (s > t if `after`) of exp(-w (|t - s| - 1) + a[s]) x[s], chunk by chunk."""
     batch, chunks, length, channels = a.shape
-    index = torch.arange(length, device=a.device, dtype=a.dtype)[:, None]  # (L, 1)
+    sign = -1 if after else 1
     middle = (length - 1) / 2
-    position = index - middle
+    position = sign * (torch.arange(length, device=a.device, dtype=a.dtype)[:, None] - middle)
+    # Sums over the earlier tokens of a chunk are one small matrix product. (A cumulative sum less
+    # its own element would cancel where that element dominates.)
+    earlier = (position > position.T).to(a.dtype)  # (L, L)
     logit = a + w * position
     top = logit.amax(2, keepdim=True)  # (B, N, 1, C)
-    weighted = torch.exp(logit - top) * x
-    inner = _exclusive_cumsum(weighted, 3)
+    weighted = (logit - top).exp_() * x
+    inner = earlier @ weighted
     total = weighted.sum(3)  # (X, B, N, C)
-    total_scale = (top - w * middle)[:, :, 0]  # as seen by the first token of the next chunk
+    total_scale = (top - w * middle)[:, :, 0]  # as seen by the next token beyond the chunk
     inner_moment = total_moment = None
     if moments:
-        placed = weighted * position
-        inner_moment = (position - 1) * inner - _exclusive_cumsum(placed, 3)
-        total_moment = middle * total - placed.sum(3)
+        inner_moment = ((position - position.T - 1) * earlier) @ weighted
+        total_moment = ((middle - position) * weighted).sum(3)
 
-    state = x.new_zeros((x.shape[0], batch, channels))
+    outer_scales = a.new_empty((batch, chunks, channels))
+    outer = x.new_empty((len(x), batch, chunks, channels))
+    outer_moment = torch.empty_like(outer) if moments else None
+    scale = a.new_full((batch, channels), -torch.inf)
+    state = x.new_zeros((len(x), batch, channels))
     state_moment = torch.zeros_like(state)
-    state_scale = a.new_full((batch, channels), -torch.inf)
-    states, state_moments, state_scales = [], [], []
-    for n in range(chunks):
-        states.append(state)
-        state_moments.append(state_moment)
-        state_scales.append(state_scale)
-        decayed = state_scale - w * length
-        state_scale = torch.maximum(decayed, total_scale[:, n])
-        keep, add = torch.exp(decayed - state_scale), torch.exp(total_scale[:, n] - state_scale)
-        if total_moment is not None:
+    for n in reversed(range(chunks)) if after else range(chunks):
+        outer_scales[:, n], outer[:, :, n] = scale, state
+        decayed = scale - w * length
+        scale = torch.maximum(decayed, total_scale[:, n])
+        keep, add = torch.exp(decayed - scale), torch.exp(total_scale[:, n] - scale)
+        if outer_moment is not None and total_moment is not None:
+            outer_moment[:, :, n] = state_moment
             state_moment = (state_moment + length * state) * keep + total_moment[:, :, n] * add
         state = state * keep + total[:, :, n] * add
 
-    outer = torch.stack(states, 2)[:, :, :, None]
-    outer_moment = None
-    if moments:
-        outer_moment = torch.stack(state_moments, 2)[:, :, :, None] + index * outer
+    steps = position + middle  # from the edge of the chunk
+    outer = outer.unsqueeze(3)
+    if outer_moment is not None:
+        outer_moment = outer_moment.unsqueeze(3) + steps * outer
     return _Side(
         inner_scale=top - w * (position - 1),
         inner=inner,
         inner_moment=inner_moment,
-        outer_scale=torch.stack(state_scales, 1)[:, :, None] - w * index,
+        outer_scale=outer_scales[:, :, None] - w * steps,
         outer=outer,
         outer_moment=outer_moment,
     )
@@ -132,55 +131,51 @@ def decayed_sums(
         chunk: Chunk length L.
 
     Returns:
-        The sums, see `DecayedSums`.
+        The sums, see `DecayedSums`. Not differentiable: it works in place.
     """
     batch, tokens, channels = a.shape
     length = min(chunk, tokens)
     padding = -tokens % length
     shape = (batch, (tokens + padding) // length, length, channels)
-    a = F.pad(a, (0, 0, 0, padding), value=-torch.inf).view(shape)
-    x = F.pad(x, (0, 0, 0, padding)).view(-1, *shape)
+    if padding:
+        a = F.pad(a, (0, 0, 0, padding), value=-torch.inf)
+        x = F.pad(x, (0, 0, 0, padding))
+    a, x = a.reshape(shape), x.reshape(-1, *shape)
 
-    before = _side_before(w, a, x, moments)
-    after = _side_before(w, a.flip(1, 2), x.flip(2, 3), moments)  # flipped in time
-
-    def unflip(tensor: Tensor) -> Tensor:
-        return tensor.flip(-3, -2)
-
-    scales = [
-        a + u,
-        before.inner_scale,
-        before.outer_scale,
-        unflip(after.inner_scale),
-        unflip(after.outer_scale),
-    ]
-    scale = torch.stack(torch.broadcast_tensors(*scales)).amax(0)
-    factors = [torch.exp(each - scale) for each in scales]
-    parts = [x, before.inner, before.outer, unflip(after.inner), unflip(after.outer)]
-    sums = sum(factor * part for factor, part in zip(factors, parts, strict=True))
+    sides = [_side(w, a, x, after=after, moments=moments) for after in (False, True)]
+    own = a + u
+    scale = own
+    for side in sides:
+        scale = torch.maximum(scale, side.inner_scale)
+        scale = torch.maximum(scale, side.outer_scale)
+    sums = (own - scale).exp_() * x
+    moment = torch.zeros_like(sums) if moments else None
+    for side in sides:
+        inner = (side.inner_scale - scale).exp_()
+        outer = (side.outer_scale - scale).exp_()
+        sums.addcmul_(inner, side.inner).addcmul_(outer, side.outer)
+        if moment is not None:
+            moment.addcmul_(inner, side.inner_moment).addcmul_(outer, side.outer_moment)
 
     def flat(tensor: Tensor) -> Tensor:
         return tensor.reshape(*tensor.shape[:-3], -1, channels)[..., :tokens, :]
 
-    moment = None
-    if before.inner_moment is not None and before.outer_moment is not None:
-        assert after.inner_moment is not None
-        assert after.outer_moment is not None
-        moment_parts = [
-            before.inner_moment,
-            before.outer_moment,
-            unflip(after.inner_moment),
-            unflip(after.outer_moment),
-        ]
-        moment = flat(
-            sum(factor * part for factor, part in zip(factors[1:], moment_parts, strict=True))
-        )
-    return DecayedSums(flat(scale), flat(sums), moment)
+    return DecayedSums(flat(scale), flat(sums), None if moment is None else flat(moment))
 
 
-def bi_wkv_chunked(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
+def _less_top(k: Tensor) -> Tensor:
+    """Keys less their maximum over tokens: the same softmax, but logarithms near 0 round finely."""
+    return k - k.amax(1, keepdim=True)
+
+
+def _softmax_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Output and logarithm of the softmax' denominator; inputs in the accumulation dtype."""
+    x = torch.stack([v, torch.ones_like(v)])
+    scale, (numerator, denominator), _ = decayed_sums(w, u, k, x, chunk=chunk)
+    return numerator / denominator, scale + denominator.log()
+
+
+def bi_wkv_chunked(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """The linear-time form.
 
     Args:
@@ -191,32 +186,21 @@ def bi_wkv_chunked(
         chunk: Chunk length; the result does not depend on it.
 
     Returns:
-        y of shape (B, T, C) in the dtype of v, and the logarithm of the softmax' denominator, (B, T, C), in the
-        accumulation dtype, which the gradient needs.
+        Contiguous tensor of shape (B, T, C) in the dtype of v.
     """
     dtype = accumulation_dtype(v.dtype)
-    values = v.to(dtype)
-    x = torch.stack([values, torch.ones_like(values)])
-    scale, sums, _ = decayed_sums(w.to(dtype), u.to(dtype), k.to(dtype), x, chunk=chunk)
-    numerator, denominator = sums
-    y = (numerator / denominator).to(v.dtype)
-    return y.contiguous(), (scale + denominator.log()).contiguous()
+    y, _ = _softmax_sums(w.to(dtype), u.to(dtype), _less_top(k.to(dtype)), v.to(dtype), chunk)
+    return y.to(v.dtype).contiguous()
 
 
 def bi_wkv_backward(
-    gy: Tensor,
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    *,
-    chunk: int = CHUNK,
+    gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of Bi-WKV, hand-written, in linear time.
 
-    The kernel b[t, s] is symmetric, so the gradients by k and v are decayed sums over t with log weights -lse[t].
+    The kernel b[t, s] is symmetric, so the gradients by k and v are decayed sums over t with log
+    weights -lse[t], lse being the log denominator. It and y are computed again: y in a short dtype
+    would spoil the gradient by w.
 
     Args:
         gy: Gradient by y, (B, T, C).
@@ -224,22 +208,21 @@ def bi_wkv_backward(
         u: Bonus of the token itself, (C,).
         k: Keys, (B, T, C).
         v: Values, (B, T, C).
-        y: Output of the forward pass, (B, T, C).
-        lse: Log denominator of the forward pass, (B, T, C).
         chunk: Chunk length.
 
     Returns:
-        Gradients by w, u (each (C,), accumulation dtype), k and v (each (B, T, C), dtype of k).
+        Gradients by w, u (each (C,), accumulation dtype), k and v (each (B, T, C), in their dtype).
     """
     dtype = accumulation_dtype(v.dtype)
-    w, u, lse = w.to(dtype), u.to(dtype), lse.to(dtype)
-    keys, values, out, grad = k.to(dtype), v.to(dtype), y.to(dtype), gy.to(dtype)
-    x = torch.stack([grad, grad * out])
+    w, u, keys, values, grad = (each.to(dtype) for each in (w, u, k, v, gy))
+    keys = _less_top(keys)
+    y, lse = _softmax_sums(w, u, keys, values, chunk)
+    x = torch.stack([grad, grad * y])
     scale, sums, moments = decayed_sums(w, u, -lse, x, moments=True, chunk=chunk)
     assert moments is not None
     weight = torch.exp(keys + scale)
     dv = weight * sums[0]
     dk = weight * (values * sums[0] - sums[1])
     dw = (weight * (moments[1] - values * moments[0])).sum((0, 1))
-    du = (torch.exp(keys + u - lse) * (values - out) * grad).sum((0, 1))
+    du = (torch.exp(keys + u - lse) * (values - y) * grad).sum((0, 1))
     return dw, du, dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()

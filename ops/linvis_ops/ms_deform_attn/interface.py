@@ -21,8 +21,8 @@ def ms_deform_attn(
 
     y[b, q, h] = sum over l, p of A[b, q, h, l, p] * bilinear(V[b, h, l], X[b, q, h, l, p]), where
     the map V[b, h, l] is `value[b, :, h]` from `level_start_index[l]` on, laid out row by row as
-    `spatial_shapes[l]` says. A location (x, y) = (0, 0) is the upper left corner of the first pixel and
-    (1, 1) the lower right corner of the last one; a map is zero outside.
+    `spatial_shapes[l]` says. A location (x, y) = (0, 0) is the upper left corner of the first
+    pixel and (1, 1) the lower right corner of the last one; a map is zero outside.
 
     Args:
         value: Features of all levels, shape (B, S, H, K), float16, bfloat16, float32 or float64.

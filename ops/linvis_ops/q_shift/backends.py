@@ -24,6 +24,16 @@ def _always(*_tensors: Tensor) -> str | None:
 
 
 BACKENDS = (
-    Backend('triton', _triton_unavailable, partial(_triton, adjoint=False), partial(_triton, adjoint=True)),
-    Backend('torch', _always, partial(q_shift_sliced, adjoint=False), partial(q_shift_sliced, adjoint=True)),
+    Backend(
+        'triton',
+        _triton_unavailable,
+        partial(_triton, adjoint=False),
+        partial(_triton, adjoint=True),
+    ),
+    Backend(
+        'torch',
+        _always,
+        partial(q_shift_sliced, adjoint=False),
+        partial(q_shift_sliced, adjoint=True),
+    ),
 )

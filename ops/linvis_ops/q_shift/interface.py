@@ -10,17 +10,17 @@ NAME = 'q_shift'
 
 
 def q_shift(x: Tensor, hw: tuple[int, int], *, backend: str = 'auto') -> Tensor:
-    """Quad-directional token shift: each quarter of the channels takes the value of one neighbour in the grid.
+    """Quad-directional token shift: each quarter of the channels comes from one neighbour.
 
-    Quarters in order take the token at the left, right, top and bottom; zero outside the picture. The C mod 4 last
-    channels and a trailing class token pass unshifted.
+    Quarters in order take the token at the left, right, top and bottom; zero outside the picture.
+    The C mod 4 last channels and a trailing class token pass unshifted.
 
     Args:
-        x: Tokens in raster order, shape (B, T, C), float32, float16, bfloat16 or float64; T = rows * columns, or one more
-            with a class token at the end.
+        x: Tokens in raster order, shape (B, T, C), float32, float16, bfloat16 or float64; T = rows
+            * columns, or one more with a class token at the end.
         hw: (rows, columns) of the token grid.
-        backend: 'auto', or one of `available_backends('q_shift')`. 'reference' is the definition in differentiable
-            PyTorch.
+        backend: 'auto', or one of `available_backends('q_shift')`. 'reference' is the definition in
+            differentiable PyTorch.
 
     Returns:
         Tensor of shape (B, T, C), contiguous, in the dtype of x.
@@ -31,8 +31,8 @@ def q_shift(x: Tensor, hw: tuple[int, int], *, backend: str = 'auto') -> Tensor:
         BackendUnavailableError: If the named backend cannot run these inputs; the message says why.
 
     Source:
-        Vision-RWKV (Duan et al., 2024); the order of the quarters is that of the authors' code and checkpoints, which
-        differs from equation 9 of the paper.
+        Vision-RWKV (Duan et al., 2024); the order of the quarters is that of the authors' code and
+        checkpoints, which differs from equation 9 of the paper.
     """
     _checks.check_tensors(NAME, x=x)
     _checks.check_tokens(NAME, x=x)

@@ -10,7 +10,7 @@ from linvis_ops._triton import on_device
 BLOCK_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=['T', 'rows', 'columns', 'stride_b', 'stride_t'])
+@triton.jit(do_not_specialize=['T', 'rows', 'columns'])
 def q_shift_kernel(
     x,  # (B, T, C), any strides
     y,  # (B, T, C), contiguous

@@ -1,4 +1,4 @@
-"""torch.library registration of Q-Shift: linvis::q_shift, whose gradient is the operator itself with `adjoint` flipped."""
+"""torch.library registration of Q-Shift: linvis::q_shift, whose gradient is its adjoint form."""
 
 from typing import Any
 

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
-# (row, column) step from a token to the neighbour that each quarter of the channels takes: left, right, top, bottom
+# (row, column) step from a token to the neighbour that each quarter of the channels takes: left,
+# right, top, bottom
 STEPS = ((0, -1), (0, 1), (-1, 0), (1, 0))
 
 
 def q_shift_by_index(x: Tensor, hw: tuple[int, int]) -> Tensor:
-    """The definition, token by token: y[t, c] = x[neighbour of t for the quarter of c], or 0 outside the picture.
+    """The definition: y[t, c] = x[neighbour of t for the quarter of c, c], 0 outside the picture.
 
     Args:
-        x: Tokens, (B, T, C), T = rows * columns or one more (a trailing class token, which is passed on).
+        x: Tokens, (B, T, C), T = rows * columns or one more (a trailing class token, which is
+            passed on).
         hw: (rows, columns) of the token grid.
 
     Returns:
@@ -22,7 +24,9 @@ def q_shift_by_index(x: Tensor, hw: tuple[int, int]) -> Tensor:
     token = torch.arange(x.shape[1], device=x.device)[:, None]
     group = torch.arange(x.shape[2], device=x.device)[None, :] // max(quarter, 1)
     passes = (group >= len(STEPS)) | (token >= rows * columns) | (quarter == 0)
-    steps = torch.tensor([*STEPS, (0, 0)], device=x.device)[group.clamp(max=len(STEPS))]  # (1, C, 2)
+    steps = torch.tensor([*STEPS, (0, 0)], device=x.device)[
+        group.clamp(max=len(STEPS))
+    ]  # (1, C, 2)
     row = token // columns + steps[..., 0]
     column = token % columns + steps[..., 1]
     inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
@@ -43,7 +47,7 @@ def q_shift_sliced(x: Tensor, rows: int, columns: int, adjoint: bool) -> Tensor:
     Returns:
         Contiguous tensor of shape (B, T, C).
     """
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     grid = rows * columns
     quarter = channels // len(STEPS)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,127 @@
+"""Inputs, tolerances and comparisons shared by tests and benchmarks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+# Least error that is asked for, by dtype: relative root mean square against float64 on the same
+# (rounded) inputs.
+FLOORS = {
+    torch.float64: 1e-12,
+    torch.float32: 5e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.2e-2,
+}
+# The largest single error may be this many times the bound on the relative root mean square, in
+# units of max |reference|.
+WORST_ELEMENT = 8.0
+
+
+def relative_rms(actual: Tensor, reference: Tensor) -> float:
+    """Root mean square of the error over that of the reference (over 1 where that is zero)."""
+    reference = reference.double()
+    error = (actual.double() - reference).square().mean().sqrt().item()
+    size = reference.square().mean().sqrt().item()
+    return error / size if size else error
+
+
+def assert_matches(
+    name: str, actual: Tensor, reference: Tensor, plain: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Raise AssertionError unless a result is as near to the float64 reference as its dtype allows.
+
+    Args:
+        name: What is compared, for the message.
+        actual: Result under test.
+        reference: The same in float64.
+        plain: The same by plain PyTorch in the tested dtype; twice its error is allowed. None: the
+            floor alone counts.
+        dtype: The tested dtype, which chooses the floor.
+    """
+    assert actual.shape == reference.shape, (
+        f'{name}: shape {actual.shape}, expected {reference.shape}'
+    )
+    finite = torch.isfinite(reference)
+    assert torch.equal(torch.isfinite(actual), finite), f'{name}: not finite where the reference is'
+    bound = FLOORS[dtype]
+    if plain is not None:
+        bound = max(bound, 2 * relative_rms(plain, reference))
+    error = (actual.double() - reference.double()).abs()
+    worst = int(error.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), actual.shape))
+    where = f'{name} ({dtype}, {tuple(actual.shape)}): worst element {index}'
+    r = relative_rms(actual, reference)
+    assert r <= bound, f'{where}: relative rms error {r:.3g} exceeds {bound:.3g}'
+    limit = WORST_ELEMENT * bound * max(reference.abs().max().item(), torch.finfo(dtype).tiny)
+    largest = error.max().item()
+    zero = not reference.any()
+    assert largest <= (bound if zero else limit), (
+        f'{where}: error {largest:.3g} exceeds {limit:.3g}'
+    )
+
+
+def gradients(outputs: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of (outputs * grad).sum() by every input."""
+    return torch.autograd.grad(outputs, inputs, grad.to(outputs.dtype))
+
+
+def bi_wkv_inputs(
+    batch: int,
+    tokens: int,
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = 'cpu',
+    *,
+    key_scale: float = 2.0,
+    decay: float | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w, u, k, v as a layer gives them; all require gradients.
+
+    Args:
+        batch: B.
+        tokens: T.
+        channels: C.
+        dtype: Dtype of k and v.
+        device: Where the tensors are made.
+        key_scale: Standard deviation of k.
+        decay: Bound of |w| a token; None: raw decays of -5 to 3 over the whole sequence, as at
+            initialisation.
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator('cpu').manual_seed(seed)
+    side = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(channels, generator=generator, dtype=side)
+
+    w = uniform(-5.0, 3.0) / tokens if decay is None else uniform(-decay, decay)
+    u = uniform(-1.0, 1.0)
+    k = key_scale * torch.randn(batch, tokens, channels, generator=generator, dtype=side)
+    v = torch.randn(batch, tokens, channels, generator=generator, dtype=side)
+    w, u, k, v = (t.to(device) for t in (w, u, k.to(dtype), v.to(dtype)))
+    return tuple(t.requires_grad_() for t in (w, u, k, v))  # type: ignore[return-value]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN, so that an unwritten element shows."""
+
+    def poisoned(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float('nan')) if tensor.is_floating_point() else tensor
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ('empty', 'empty_like', 'empty_strided'):
+            stack.enter_context(mock.patch.object(torch, name, poisoned(getattr(torch, name))))
+        stack.enter_context(
+            mock.patch.object(torch.Tensor, 'new_empty', poisoned(torch.Tensor.new_empty))
+        )
+        yield

@@ -1,0 +1,354 @@
+"""Bi-WKV: definition, properties, equal forms, gradients, backends, registration."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from linvis_ops import BackendUnavailableError, bi_wkv
+from linvis_ops._triton import interpreting
+from linvis_ops.bi_wkv.op import bi_wkv_bwd, bi_wkv_fwd
+from linvis_ops.bi_wkv.reference import bi_wkv_backward, bi_wkv_chunked, bi_wkv_quadratic
+from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
+
+F64 = torch.float64
+NAMES = ('dw', 'du', 'dk', 'dv')
+DTYPES = {'f32': torch.float32, 'f16': torch.float16, 'bf16': torch.bfloat16}
+
+cuda = pytest.param('triton', 'cuda', marks=pytest.mark.gpu, id='triton-cuda')
+interpreted = pytest.param(
+    'triton',
+    'cpu',
+    marks=pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1'),
+    id='triton-interpreter',
+)
+BACKENDS = [pytest.param('torch', 'cpu', id='torch-cpu'), interpreted, cuda]
+
+
+def loop(w, u, k, v):
+    """The equation, number by number."""
+    batch, tokens, channels = k.shape
+    y = torch.zeros(v.shape, dtype=F64)
+    for b in range(batch):
+        for c in range(channels):
+            for t in range(tokens):
+                weights = [
+                    math.exp(k[b, s, c] + (u[c] if s == t else -w[c] * (abs(t - s) - 1)))
+                    for s in range(tokens)
+                ]
+                top = sum(e * v[b, s, c].item() for s, e in enumerate(weights))
+                y[b, t, c] = top / sum(weights)
+    return y
+
+
+# Definition
+
+
+def test_definition_single_token_returns_its_value():
+    w, u, k, v = bi_wkv_inputs(2, 1, 3, F64)
+    assert torch.equal(bi_wkv_quadratic(w, u, k, v), v)
+
+
+def test_definition_two_tokens_by_hand():
+    # at distance 1 the decay has no effect: weights are e^(k + u) for the token itself and e^k for
+    # the other
+    w, u = torch.tensor([7.0], dtype=F64), torch.tensor([math.log(3.0)], dtype=F64)
+    k = torch.zeros(1, 2, 1, dtype=F64)
+    v = torch.tensor([4.0, 8.0], dtype=F64).view(1, 2, 1)
+    expected = torch.tensor([(3 * 4 + 8) / 4, (4 + 3 * 8) / 4], dtype=F64).view(1, 2, 1)
+    torch.testing.assert_close(bi_wkv_quadratic(w, u, k, v), expected)
+
+
+def test_definition_equals_loop():
+    inputs = bi_wkv_inputs(2, 7, 3, F64, decay=1.0)
+    torch.testing.assert_close(bi_wkv_quadratic(*inputs), loop(*[t.detach() for t in inputs]))
+
+
+# Properties
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_reversed_tokens_reverse_the_output(backend, device):
+    w, u, k, v = bi_wkv_inputs(2, 37, 5, device=device, decay=0.5)
+    y = bi_wkv(w, u, k, v, backend=backend)
+    flipped = bi_wkv(w, u, k.flip(1), v.flip(1), backend=backend)
+    torch.testing.assert_close(flipped.flip(1), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_constant_value_is_returned(backend, device):
+    w, u, k, v = bi_wkv_inputs(1, 40, 4, device=device, decay=1.0)
+    y = bi_wkv(w, u, k, torch.full_like(v, 3.0), backend=backend)
+    torch.testing.assert_close(y, torch.full_like(y, 3.0))
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_no_decay_and_equal_keys_give_the_mean(backend, device):
+    w, _, k, v = bi_wkv_inputs(2, 33, 4, device=device)
+    zero = torch.zeros_like(w)
+    y = bi_wkv(zero, zero, torch.full_like(k, -70.0), v, backend=backend)
+    torch.testing.assert_close(y, v.mean(1, keepdim=True).expand_as(y))
+
+
+def test_shifted_keys_change_nothing():
+    w, u, k, v = bi_wkv_inputs(1, 20, 4, F64)
+    torch.testing.assert_close(bi_wkv(w, u, k + 500.0, v), bi_wkv(w, u, k, v))
+
+
+# Equal forms
+
+
+@pytest.mark.parametrize('chunk', [1, 2, 5, 16, 64])
+@pytest.mark.parametrize('tokens', [1, 2, 15, 16, 17, 50])
+def test_chunked_equals_quadratic(tokens, chunk):
+    inputs = bi_wkv_inputs(2, tokens, 3, F64, decay=0.7)
+    torch.testing.assert_close(
+        bi_wkv_chunked(*inputs, chunk=chunk), bi_wkv_quadratic(*inputs), rtol=1e-10, atol=1e-12
+    )
+
+
+# Gradients
+
+
+def test_gradcheck_of_the_definition():
+    assert torch.autograd.gradcheck(bi_wkv_quadratic, bi_wkv_inputs(2, 6, 2, F64, decay=0.7))
+
+
+def test_gradcheck_of_the_operator():
+    assert torch.autograd.gradcheck(bi_wkv, bi_wkv_inputs(1, 19, 2, F64, decay=0.7))
+
+
+@pytest.mark.parametrize('chunk', [1, 4, 16])
+@pytest.mark.parametrize('tokens', [1, 2, 17, 40])
+def test_hand_written_backward_equals_autograd(tokens, chunk):
+    inputs = bi_wkv_inputs(2, tokens, 3, F64, decay=0.7)
+    y = bi_wkv_quadratic(*inputs)
+    gy = torch.randn_like(y)
+    expected = gradients(y, inputs, gy)
+    actual = bi_wkv_backward(gy, *[t.detach() for t in inputs], chunk=chunk)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f'{n}: {m}')
+
+
+def test_reference_backend_has_second_derivatives():
+    inputs = bi_wkv_inputs(1, 4, 2, F64)
+    function = lambda *args: bi_wkv(*args, backend='reference')  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+# Backends against float64
+
+
+def check_against_float64(backend, device, dtype, inputs):
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    short = [t.detach().requires_grad_() for t in inputs]
+    gy = torch.randn(inputs[3].shape, dtype=F64).to(dtype)
+    y64 = bi_wkv(*exact, backend='reference')
+    plain = bi_wkv(*short, backend='reference')
+    y = bi_wkv(*inputs, backend=backend)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert_matches('y', y.cpu(), y64, plain.cpu(), dtype)
+    g64 = gradients(y64, exact, gy.double())
+    g_plain = gradients(plain, short, gy.to(device))
+    g = gradients(y, inputs, gy.to(device))
+    for name, tensor, a, p, e in zip(NAMES, inputs, g, g_plain, g64, strict=True):
+        assert a.dtype == tensor.dtype
+        assert_matches(name, a.cpu(), e, p.cpu(), dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize('tokens', [1, 2, 15, 16, 17, 33, 49])
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_backend_matches_float64(backend, device, tokens, dtype):
+    check_against_float64(backend, device, dtype, bi_wkv_inputs(2, tokens, 5, dtype, device))
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_backend_matches_float64_over_several_channel_blocks(backend, device):
+    inputs = bi_wkv_inputs(1, 20, 131, torch.float32, device)
+    check_against_float64(backend, device, torch.float32, inputs)
+
+
+@pytest.mark.parametrize('decay', [0.0, 1.0, 2.0])
+@pytest.mark.parametrize('keys', ['wide', 'equal'])
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_extreme_inputs_are_finite_and_right(backend, device, keys, decay):
+    w, u, k, v = bi_wkv_inputs(1, 50, 8, device=device, decay=decay)
+    with torch.no_grad():
+        k.uniform_(-80, 80) if keys == 'wide' else k.fill_(-80.0)
+    check_against_float64(backend, device, torch.float32, (w, u, k, v))
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_non_contiguous_inputs(backend, device):
+    w, u, k, v = (t.detach() for t in bi_wkv_inputs(2, 18, 6, device=device))
+    k_view = k.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    v_view = v[:, :1].expand(-1, 18, -1).requires_grad_()
+    y = bi_wkv(w, u, k_view, v_view, backend=backend)
+    expected = bi_wkv(w, u, k, v_view.contiguous(), backend='reference')
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    gy = torch.randn(2, 6, 18, device=device).transpose(1, 2)
+    (dk,) = torch.autograd.grad(y, k_view, gy)
+    leaf = k.requires_grad_()
+    (expected_dk,) = torch.autograd.grad(
+        bi_wkv(w, u, leaf, v_view.detach(), backend='reference'), leaf, gy
+    )
+    torch.testing.assert_close(dk, expected_dk, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('channels', [1, 3, 32, 100, 192, 768])
+@pytest.mark.parametrize('tokens', [31, 63, 64, 65, 196, 197, 576, 1024])
+def test_gpu_matches_float64_at_sizes_of_networks(tokens, channels):
+    check = bi_wkv_inputs(2, tokens, channels, torch.bfloat16, 'cuda')
+    exact = [
+        t.detach().double().requires_grad_() for t in check
+    ]  # chunked in float64: equal by the tests above
+    y64 = bi_wkv(*exact, backend='torch')
+    y = bi_wkv(*check, backend='triton')
+    assert_matches('y', y, y64, None, torch.bfloat16)
+    gy = torch.randn_like(y)
+    for name, a, e in zip(
+        NAMES, gradients(y, check, gy), gradients(y64, exact, gy.double()), strict=True
+    ):
+        assert_matches(name, a, e, None, torch.bfloat16)
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_repeated_runs_are_bit_identical(backend, device):
+    inputs = bi_wkv_inputs(3, 35, 6, device=device)
+    runs = []
+    for _ in range(2):
+        y = bi_wkv(*inputs, backend=backend)
+        runs.append((y, *gradients(y, inputs, torch.ones_like(y))))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+# Registration
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, F64], ids=['f32', 'f64'])
+def test_opcheck_forward(dtype):
+    torch.library.opcheck(bi_wkv_fwd, (*bi_wkv_inputs(2, 18, 4, dtype), 'torch'))
+
+
+def test_opcheck_forward_strided():
+    w, u, k, v = bi_wkv_inputs(2, 4, 18)
+    torch.library.opcheck(
+        bi_wkv_fwd, (w[:4].detach(), u[:4].detach(), k.transpose(1, 2), v.transpose(1, 2), 'torch')
+    )
+
+
+def test_opcheck_backward():
+    inputs = tuple(t.detach() for t in bi_wkv_inputs(2, 18, 4))
+    gy = torch.randn(2, 4, 18).transpose(1, 2)
+    torch.library.opcheck(bi_wkv_bwd, (gy, *inputs, 'torch'))
+
+
+def test_compiles_without_graph_breaks_and_without_recompiling_for_a_new_size():
+    function = torch.compile(
+        lambda w, u, k, v: bi_wkv(w, u, k, v) * 2, fullgraph=True, dynamic=True, backend='aot_eager'
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, tokens in ((2, 10), (3, 17), (4, 33)):
+            inputs = bi_wkv_inputs(batch, tokens, 4)
+            y = function(*inputs)
+            torch.testing.assert_close(y, 2 * bi_wkv(*inputs))
+            y.sum().backward()
+            assert inputs[0].grad is not None
+
+
+def test_exports_with_a_dynamic_number_of_tokens():
+    class Layer(torch.nn.Module):
+        def forward(self, w, u, k, v):
+            return bi_wkv(w, u, k, v)
+
+    inputs = tuple(t.detach() for t in bi_wkv_inputs(2, 10, 4))
+    tokens = torch.export.Dim('tokens', min=2, max=1024)
+    program = torch.export.export(
+        Layer(), inputs, dynamic_shapes=(None, None, {1: tokens}, {1: tokens})
+    )
+    other = tuple(t.detach() for t in bi_wkv_inputs(2, 33, 4))
+    torch.testing.assert_close(program.module()(*other), bi_wkv(*other))
+
+
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+def test_autocast_does_not_touch_the_arithmetic(backend):
+    inputs = bi_wkv_inputs(2, 20, 4)
+    expected = bi_wkv(*inputs, backend=backend)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = bi_wkv(*inputs, backend=backend)
+    assert torch.equal(y, expected)
+
+
+def test_flops_are_counted():
+    w, u, k, v = bi_wkv_inputs(2, 10, 4)
+    with FlopCounterMode(display=False) as counter:
+        bi_wkv(w, u, k, v).sum().backward()
+    assert counter.get_total_flops() == (13 + 39) * 2 * 10 * 4
+
+
+@pytest.mark.gpu
+def test_runs_in_a_cuda_graph_and_on_a_side_stream():
+    inputs = [t.detach() for t in bi_wkv_inputs(2, 50, 32, device='cuda')]
+    expected = bi_wkv(*inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = bi_wkv(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = bi_wkv(*inputs)
+    graph.replay()
+    assert torch.equal(on_side, expected)
+    assert torch.equal(captured, expected)
+
+
+# Bad input
+
+
+def changed(index, function):
+    inputs = [t.detach() for t in bi_wkv_inputs(2, 6, 4)]
+    inputs[index] = function(inputs[index])
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ('inputs', 'error', 'message'),
+    [
+        (changed(3, lambda v: v[:, :5]), ValueError, r'got k \(2, 6, 4\), v \(2, 5, 4\)'),
+        (changed(2, lambda k: k[0]), ValueError, r'k must be \(B, T, C\), got \(6, 4\)'),
+        (changed(2, lambda k: k[:, :0]), ValueError, r'k must not be empty, got \(2, 0, 4\)'),
+        (changed(0, lambda w: w[:3]), ValueError, r'w must be \(4,\), got \(3,\)'),
+        (changed(1, lambda u: u.bfloat16()), TypeError, r'u must be torch.float32'),
+        (changed(2, lambda k: k.half()), TypeError, r'got torch.float16 and torch.float32'),
+        (changed(2, lambda k: k.long()), TypeError, r'got torch.int64'),
+        (changed(0, lambda w: w.to('meta')), ValueError, r'k is on cpu and w on meta'),
+        (changed(3, lambda v: 3.0), TypeError, r'v must be a tensor, got float'),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else None,
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_sentence(inputs, error, message):
+    with pytest.raises(error, match=message) as caught:
+        bi_wkv(*inputs)
+    assert '\n' not in str(caught.value)
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(
+        BackendUnavailableError,
+        match="no backend 'tritn'; choose one of auto, triton, torch, reference",
+    ):
+        bi_wkv(*bi_wkv_inputs(1, 3, 2), backend='tritn')
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason='Triton can run here')
+def test_unavailable_backend_says_why():
+    with pytest.raises(
+        BackendUnavailableError, match='triton cannot run, since there is no CUDA device'
+    ):
+        bi_wkv(*bi_wkv_inputs(1, 3, 2), backend='triton')

@@ -1,0 +1,76 @@
+"""Choice of backends and what users are told of it."""
+
+import logging
+
+import pytest
+import torch
+
+from linvis_ops import BackendUnavailableError, _dispatch, available_backends, bi_wkv, operators
+from linvis_ops._library import custom_op
+from linvis_ops.testing import bi_wkv_inputs
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An operator with a backend that never runs and two that do."""
+    monkeypatch.setattr(_dispatch, '_BACKENDS', {})
+    _dispatch._say_once.cache_clear()
+
+    def can(*_tensors):
+        return None
+
+    _dispatch.register_backends(
+        'toy',
+        [
+            _dispatch.Backend('never', lambda *_: 'it is a toy', lambda: 0, lambda: 0),
+            _dispatch.Backend('first', can, lambda: 1, lambda: 1),
+            _dispatch.Backend('second', can, lambda: 2, lambda: 2),
+        ],
+    )
+
+
+def test_auto_takes_the_first_that_can_run_and_logs_why_others_cannot_once(toy, caplog):
+    with caplog.at_level(logging.DEBUG, 'linvis_ops._dispatch'):
+        assert _dispatch.select('toy', 'auto', torch.zeros(1)).name == 'first'
+        _dispatch.select('toy', 'auto', torch.zeros(1))
+    assert [record.getMessage() for record in caplog.records] == [
+        'toy runs on backend first: never cannot run, since it is a toy.'
+    ]
+
+
+def test_a_named_backend_is_taken(toy):
+    assert _dispatch.select('toy', 'second', torch.zeros(1)).name == 'second'
+
+
+def test_a_named_backend_that_cannot_run_says_why(toy):
+    with pytest.raises(BackendUnavailableError, match='never cannot run, since it is a toy'):
+        _dispatch.select('toy', 'never', torch.zeros(1))
+
+
+def test_environment_overrides_auto_only(monkeypatch):
+    inputs = bi_wkv_inputs(1, 4, 2)
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'nonsense')
+    with pytest.raises(BackendUnavailableError, match="there is no backend 'nonsense'"):
+        bi_wkv(*inputs)
+    bi_wkv(*inputs, backend='torch')
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'reference')
+    y = bi_wkv(*inputs)
+    assert y.grad_fn.name() != bi_wkv(*inputs, backend='torch').grad_fn.name()
+
+
+def test_available_backends_gives_reasons():
+    assert {'bi_wkv', 'q_shift'} <= set(operators())
+    reasons = available_backends('bi_wkv', *bi_wkv_inputs(1, 4, 2, torch.float64))
+    assert list(reasons) == ['triton', 'torch', 'reference']
+    assert reasons['torch'] is None
+    assert isinstance(reasons['triton'], str)
+
+
+def test_available_backends_of_an_unknown_operator():
+    with pytest.raises(ValueError, match="there is no operator 'wkv'; there are bi_wkv"):
+        available_backends('wkv')
+
+
+def test_an_operator_is_defined_once():
+    with pytest.raises(RuntimeError, match='linvis::bi_wkv_fwd is defined already'):
+        custom_op('bi_wkv_fwd')(lambda: None)
