@@ -1,0 +1,298 @@
+"""The contract of TokenBackbone, for every arch of every plain backbone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linvis.models import VRWKV, TokenBackbone
+from linvis.models.layers import resize_position_embedding
+from linvis.utils.checkpoint import CheckpointError
+from tools.analysis.complexity import measure
+
+DEPTH = 3
+
+
+class Published(NamedTuple):
+    """What a paper prints for an arch: parameters of the backbone, 10^9 MACs at 224 pixels."""
+
+    build: Callable[[], TokenBackbone]
+    parameters: int
+    gmacs: float
+
+
+def vrwkv(arch: str) -> Callable[..., TokenBackbone]:
+    settings = {**VRWKV.archs[arch], 'embed_dims': 24, 'depth': DEPTH}
+    return lambda **kwargs: VRWKV(settings, **kwargs)
+
+
+# Each arch with its own settings, but narrow and shallow.
+BACKBONES = {f'vrwkv-{arch}': vrwkv(arch) for arch in VRWKV.archs}
+
+# Published counts include a linear head of 1000 classes, and for large one of two layers.
+PUBLISHED = {
+    'vrwkv-tiny': Published(lambda: VRWKV('tiny'), 6_155_176 - 193_000, 1.2),
+    'vrwkv-small': Published(lambda: VRWKV('small'), 23_820_136 - 385_000, 4.6),
+    'vrwkv-base': Published(lambda: VRWKV('base'), 93_645_544 - 769_000, 18.2),
+    'vrwkv-large': Published(
+        # at 192 pixels, which the published count is of
+        lambda: VRWKV('large', img_size=192),
+        334_881_768 - (1025 * 3072 + 3073 * 1000),
+        None,
+    ),
+}
+
+backbones = pytest.mark.parametrize('build', BACKBONES.values(), ids=BACKBONES.keys())
+
+
+def randomised(backbone: TokenBackbone) -> TokenBackbone:
+    """Move every parameter off its initial value, of which some are zero or nearly so."""
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return backbone
+
+
+def loss_of(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs)
+
+
+def gradients(backbone: TokenBackbone, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    backbone.zero_grad()
+    loss_of(backbone(images)).backward()
+    return {name: parameter.grad for name, parameter in backbone.named_parameters()}
+
+
+@backbones
+@pytest.mark.parametrize('size', [(1, 1), (15, 64), (32, 32), (33, 47), (100, 60)], ids=str)
+def test_any_size_gives_the_grid_of_padded_patches(build, size):
+    backbone = build(img_size=64)
+    (output,) = backbone(torch.randn(2, 3, *size))
+    rows, cols = -(-size[0] // 16), -(-size[1] // 16)
+    assert output.shape == (2, backbone.embed_dims, rows, cols)
+    assert output.isfinite().all()
+
+
+@backbones
+def test_padding_is_zeros_at_bottom_and_right(build):
+    backbone = randomised(build(img_size=64))
+    images = torch.randn(1, 3, 20, 41)
+    torch.testing.assert_close(backbone(images), backbone(F.pad(images, (0, 7, 0, 12))))
+
+
+@backbones
+def test_out_indices_select_layers_in_their_order(build):
+    images = torch.randn(1, 3, 32, 48)
+    wanted = [-1, 0]
+    backbone = randomised(build(img_size=64, out_indices=wanted))
+    last, first = backbone(images)
+    assert wanted == [-1, 0]
+    assert backbone.strides == (16, 16)
+    tokens, hw = backbone.embed(images)
+    tokens = backbone.layers[0](tokens, hw)
+    torch.testing.assert_close(first, backbone.to_featmap(tokens, hw))
+    for layer in backbone.layers[1:]:
+        tokens = layer(tokens, hw)
+    normalised = backbone.get_submodule(backbone.final_norm_name)(tokens)
+    torch.testing.assert_close(last, backbone.to_featmap(normalised, hw))
+
+
+@pytest.mark.parametrize('out_indices', [DEPTH, -DEPTH - 1, (0, DEPTH), ()], ids=str)
+def test_out_indices_outside_the_layers_are_refused(out_indices):
+    with pytest.raises(ValueError, match='out_indices must name at least one of 3 layers'):
+        BACKBONES['vrwkv-tiny'](out_indices=out_indices)
+
+
+@backbones
+def test_out_types_are_views_of_the_same_features(build):
+    images = torch.randn(2, 3, 32, 48)
+    outputs = {}
+    for out_type in ('featmap', 'raw', 'avg_featmap'):
+        torch.manual_seed(0)
+        (outputs[out_type],) = build(img_size=64, out_type=out_type)(images)
+    raw = outputs['raw']
+    assert raw.shape == (2, 6, 24)
+    torch.testing.assert_close(outputs['featmap'][:, :, 1, 2], raw[:, 5])
+    torch.testing.assert_close(outputs['avg_featmap'], raw.mean(1))
+
+
+def test_wrong_arguments_are_refused_in_one_sentence():
+    build = BACKBONES['vrwkv-tiny']
+    with pytest.raises(ValueError, match=r"out_type must be one of .*, got 'cls_token'\."):
+        build(out_type='cls_token')
+    with pytest.raises(ValueError, match=r'frozen_stages must be in -1\.\.3, got 4\.'):
+        build(frozen_stages=4)
+
+
+@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 1, 32, 32), (1, 3, 0, 32)], ids=str)
+def test_wrong_pictures_are_refused(shape):
+    with pytest.raises(ValueError, match=r'VRWKV takes pictures \(B, 3, H, W\)'):
+        BACKBONES['vrwkv-tiny']()(torch.zeros(shape))
+
+
+def test_integer_pictures_are_refused():
+    with pytest.raises(ValueError, match=r'floating-point pictures, got torch\.uint8'):
+        BACKBONES['vrwkv-tiny']()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@backbones
+def test_gradient_reaches_every_parameter(build):
+    backbone = randomised(build(img_size=64))
+    unreached = [
+        name
+        for name, gradient in gradients(backbone, torch.randn(2, 3, 64, 80)).items()
+        if gradient is None or not gradient.any()
+    ]
+    assert unreached == []
+
+
+@backbones
+def test_train_and_eval_compute_the_same_without_drop_path(build):
+    backbone = randomised(build(img_size=64))
+    images = torch.randn(2, 3, 48, 64)
+    torch.testing.assert_close(backbone.train()(images), backbone.eval()(images), rtol=0, atol=0)
+
+
+@backbones
+def test_drop_path_acts_in_training_alone(build):
+    torch.manual_seed(0)
+    without = randomised(build(img_size=64))
+    torch.manual_seed(0)
+    backbone = randomised(build(img_size=64, drop_path_rate=0.9))
+    images = torch.randn(4, 3, 48, 64)
+    torch.testing.assert_close(backbone.eval()(images), without(images), rtol=0, atol=0)
+    assert not torch.equal(backbone.train()(images)[0], backbone(images)[0])
+
+
+@backbones
+def test_activation_checkpointing_changes_no_number(build):
+    torch.manual_seed(0)
+    plain = randomised(build(img_size=64))
+    torch.manual_seed(0)
+    recomputing = randomised(build(img_size=64, with_cp=True))
+    images = torch.randn(2, 3, 48, 64)
+    torch.testing.assert_close(
+        gradients(recomputing, images), gradients(plain, images), rtol=0, atol=0
+    )
+
+
+def test_activation_checkpointing_repeats_drop_path():
+    backbone = randomised(BACKBONES['vrwkv-small'](img_size=64, with_cp=True, drop_path_rate=0.5))
+    images = torch.randn(8, 3, 32, 32, requires_grad=True)
+    torch.manual_seed(1)
+    loss_of(backbone(images)).backward()
+    backbone.with_cp = False
+    again = images.detach().clone().requires_grad_()
+    torch.manual_seed(1)
+    loss_of(backbone(again)).backward()
+    torch.testing.assert_close(images.grad, again.grad)
+
+
+@backbones
+def test_backends_agree(build):
+    torch.manual_seed(0)
+    chosen = randomised(build(img_size=64))
+    torch.manual_seed(0)
+    reference = randomised(build(img_size=64, backend='reference'))
+    images = torch.randn(2, 3, 64, 80)
+    torch.testing.assert_close(chosen(images), reference(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradients(chosen, images), gradients(reference, images), rtol=1e-3, atol=1e-4
+    )
+
+
+@backbones
+def test_autocast_to_bfloat16_stays_near_float32(build):
+    backbone = randomised(build(img_size=64))
+    images = torch.randn(2, 3, 64, 64)
+    (expected,) = backbone(images)
+    with torch.autocast('cpu', torch.bfloat16):
+        (output,) = backbone(images)
+    loss_of((output.float(),)).backward()
+    assert (output - expected).norm() / expected.norm() < 0.03
+    assert all(p.grad.dtype == torch.float32 for p in backbone.parameters())
+
+
+@backbones
+def test_state_dict_of_another_resolution_is_resampled(build):
+    small = randomised(build(img_size=64))
+    large = build(img_size=(96, 160))
+    large.load_state_dict(small.state_dict())
+    expected = resize_position_embedding(small.pos_embed, (4, 4), (6, 10))
+    torch.testing.assert_close(large.pos_embed, expected, rtol=0, atol=0)
+    images = torch.randn(1, 3, 96, 160)
+    torch.testing.assert_close(large(images), small(images), rtol=0, atol=0)
+
+
+def test_state_dict_of_an_unknown_grid_is_refused():
+    build = BACKBONES['vrwkv-tiny']
+    state_dict = build(img_size=(32, 96)).state_dict()
+    build(img_size=(32, 96)).load_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r'has 12 tokens, which is neither the grid 4 x 4'):
+        build(img_size=64).load_state_dict(state_dict)
+
+
+def test_resampling_needs_the_grid_of_the_tokens():
+    with pytest.raises(ValueError, match='12 tokens is not a grid of 3 x 3'):
+        resize_position_embedding(torch.zeros(1, 12, 8), (3, 3), (4, 4))
+
+
+def test_state_dict_of_another_architecture_is_refused_even_if_not_strict():
+    backbone = BACKBONES['vrwkv-small']()
+    other = VRWKV({'embed_dims': 32, 'depth': DEPTH})
+    with pytest.raises(CheckpointError, match=r'does not fit this VRWKV: \d+ tensors have other'):
+        backbone.load_state_dict(other.state_dict(), strict=False)
+    with pytest.raises(CheckpointError, match='are missing'):
+        backbone.load_state_dict({'conv1.weight': torch.zeros(1)}, strict=False)
+
+
+@backbones
+def test_layer_depth_grows_from_the_input_to_the_output(build):
+    backbone = build()
+    names = [f'backbone.{name}' for name, _ in backbone.named_parameters()]
+    depths = {name: backbone.get_layer_depth(name, 'backbone.') for name in names}
+    assert {count for _, count in depths.values()} == {DEPTH + 2}
+    assert list(depths.values()) == sorted(depths.values())
+    assert depths['backbone.pos_embed'][0] == depths['backbone.patch_embed.projection.bias'][0] == 0
+    assert depths['backbone.layers.1.att.key.weight'][0] == 2
+    assert depths['backbone.ln1.weight'][0] == DEPTH + 1
+    assert backbone.get_layer_depth('decode_head.layers.0.weight', 'backbone.') == (4, 5)
+
+
+@backbones
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 2, DEPTH])
+def test_frozen_stages_keep_their_mode_and_get_no_gradient(build, frozen_stages):
+    backbone = build(frozen_stages=frozen_stages).train()
+    # Depth 0 is the embeddings, i + 1 is layer i, and the final norm is the last.
+    first_trained = {-1: 0, DEPTH: DEPTH + 2}.get(frozen_stages, frozen_stages + 1)
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad == (backbone.get_layer_depth(name)[0] >= first_trained)
+    modes = [layer.training for layer in backbone.layers]
+    assert modes == [index >= frozen_stages for index in range(DEPTH)]
+
+
+@pytest.mark.parametrize('arch', PUBLISHED)
+def test_parameters_are_those_of_the_paper(arch):
+    with torch.device('meta'):
+        backbone = PUBLISHED[arch].build()
+    assert sum(p.numel() for p in backbone.parameters()) == PUBLISHED[arch].parameters
+
+
+@pytest.mark.parametrize('arch', [name for name, row in PUBLISHED.items() if row.gmacs])
+def test_macs_are_those_of_the_paper(arch):
+    with torch.device('meta'):
+        backbone = PUBLISHED[arch].build()
+    macs = sum(measure(backbone, 224, 224).macs.values())
+    assert round(macs / 1e9, 1) == PUBLISHED[arch].gmacs
+
+
+@pytest.mark.parametrize('arch', ['vrwkv-tiny', 'vrwkv-large'])
+def test_compiles_without_graph_breaks(arch):
+    backbone: Any = randomised(BACKBONES[arch](img_size=64, out_indices=(0, -1)))
+    compiled = torch.compile(backbone, backend='aot_eager', fullgraph=True)
+    images = torch.randn(1, 3, 40, 64)
+    torch.testing.assert_close(compiled(images), backbone(images))
+    loss_of(compiled(images)).backward()
+    assert backbone.pos_embed.grad.any()
