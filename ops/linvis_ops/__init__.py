@@ -6,6 +6,14 @@ for its mathematics.
 
 from linvis_ops._dispatch import BackendUnavailableError, available_backends, operators
 from linvis_ops.bi_wkv import bi_wkv
+from linvis_ops.ms_deform_attn import ms_deform_attn
 from linvis_ops.q_shift import q_shift
 
-__all__ = ['BackendUnavailableError', 'available_backends', 'bi_wkv', 'operators', 'q_shift']
+__all__ = [
+    'BackendUnavailableError',
+    'available_backends',
+    'bi_wkv',
+    'ms_deform_attn',
+    'operators',
+    'q_shift',
+]

@@ -111,7 +111,7 @@ def select(op: str, name: str, *tensors: Tensor) -> Backend:
         BackendUnavailableError: If the named backend cannot run these tensors; the message says
             why.
     """
-    skipped = []
+    skipped: list[str] = []
     for backend in _BACKENDS[op]:
         if name not in ('auto', backend.name):
             continue

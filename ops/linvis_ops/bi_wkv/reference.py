@@ -155,6 +155,8 @@ def decayed_sums(
         outer = (side.outer_scale - scale).exp_()
         sums.addcmul_(inner, side.inner).addcmul_(outer, side.outer)
         if moment is not None:
+            assert side.inner_moment is not None
+            assert side.outer_moment is not None
             moment.addcmul_(inner, side.inner_moment).addcmul_(outer, side.outer_moment)
 
     def flat(tensor: Tensor) -> Tensor:
