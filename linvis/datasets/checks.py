@@ -7,7 +7,7 @@ inside, with a message that does not say what to do.
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ def check_dataset_cfg(cfg: Mapping[str, Any]) -> None:
     BaseSegDataset (mmseg), with or without a scope prefix, and wrappers around them. Of other
     types only a local `data_root` is checked. Paths of remote storage ('s3://...') are not.
 
+    With `test_mode=True`, also checks that no LoadGuard of the pipeline skips files: such a dataset
+    cannot draw another sample.
+
     Args:
         cfg: The config of a dataset, as in `train_dataloader.dataset`.
 
@@ -45,6 +48,8 @@ def check_dataset_cfg(cfg: Mapping[str, Any]) -> None:
         for inner in cfg['datasets']:
             check_dataset_cfg(inner)
         return
+    if cfg.get('test_mode'):
+        _need_strict_guards(name, cfg.get('pipeline') or ())
     root = cfg.get('data_root')
     if root and _is_local(root) and not Path(root).is_dir():
         raise DatasetError(f'{name}: data_root {root} is not a folder; {REMEDY}.')
@@ -92,6 +97,18 @@ def _type_name(cfg: Mapping[str, Any]) -> str:
     if kind is None:
         raise DatasetError(f'A dataset config needs `type`, got the keys {sorted(cfg)}.')
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+
+
+def _need_strict_guards(name: str, pipeline: Iterable[Any]) -> None:
+    steps = (step for step in pipeline if isinstance(step, Mapping))
+    for guard in (step for step in steps if _type_name(step) == 'LoadGuard'):
+        # Left out, the limit is that of training.
+        limit = guard.get('max_unreadable')
+        if limit != 0:
+            raise DatasetError(
+                f'{name}: with test_mode=True its LoadGuard needs max_unreadable=0, since a score '
+                f'over a part is false, got {limit}.'
+            )
 
 
 def _is_local(path: str | Path) -> bool:

@@ -14,11 +14,12 @@ SIZE = (48, 32)  # width, height
 def encode(mode: str = 'RGB', kind: str = 'JPEG', **options: object) -> bytes:
     """Return a picture of noise, so that its code is long."""
     rng = np.random.default_rng(0)
-    channels = {'RGB': (3,), 'CMYK': (4,), 'L': (), 'I;16': ()}[mode]
+    channels = {'RGB': (3,), 'CMYK': (4,)}.get(mode, ())
     dtype, high = (np.uint16, 2**16) if mode == 'I;16' else (np.uint8, 2**8)
     array = rng.integers(0, high, (SIZE[1], SIZE[0], *channels)).astype(dtype)
     buffer = io.BytesIO()
-    picture = Image.fromarray(array) if mode != 'CMYK' else Image.fromarray(array, 'CMYK')
+    picture = Image.fromarray(array, 'CMYK') if mode == 'CMYK' else Image.fromarray(array)
+    picture = picture.convert('P') if mode == 'P' else picture
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
@@ -45,6 +46,7 @@ GOOD = {
     'rotated.jpg': rotated,
     'thumbnail.jpg': with_thumbnail,
     'padded.jpg': lambda: encode() + b'\0' * 9,
+    'palette.png': lambda: encode('P', 'PNG'),
     'rgb.png': lambda: encode(kind='PNG'),
     'sixteen.png': lambda: encode('I;16', 'PNG'),
     'png.jpg': lambda: encode(kind='PNG'),

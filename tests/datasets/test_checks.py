@@ -200,6 +200,15 @@ def test_pictures_of_the_annotation_file_must_be_in_the_folder(coco, tmp_path):
     fails(coco, "lists 'a.jpg', which is not in")
 
 
+def test_test_mode_needs_a_guard_that_skips_nothing(coco):
+    guard = {'type': 'linvis.LoadGuard', 'transforms': [{'type': 'LoadImageFromFile'}]}
+    cfg = {**coco, 'pipeline': [guard, {'type': 'Resize'}]}
+    check_dataset_cfg(cfg)
+    fails({**cfg, 'test_mode': True}, 'max_unreadable=0', 'got None')
+    strict = {**guard, 'max_unreadable': 0}
+    check_dataset_cfg({**coco, 'pipeline': [strict], 'test_mode': True})
+
+
 def test_coco_needs_an_annotation_file(coco):
     fails({**coco, 'ann_file': ''}, 'no ann_file')
     fails({**coco, 'ann_file': 'none.json'}, 'none.json does not exist')

@@ -238,6 +238,16 @@ def test_guard_skips_label_maps_of_another_size(
 
 
 @segmentation
+def test_guard_loads_label_maps_after_a_resize(scope, tmp_path, picture_bytes, label_bytes):
+    sample = write_ade_pair(tmp_path, picture_bytes, label_bytes())
+    resize = TRANSFORMS.build({'type': 'Resize', 'scale': (24, 16)})
+    sample = resize(make_guard(0)(sample))
+    loaded = make_guard(0, transforms=({'type': 'LoadAnnotations'},))(sample)
+    assert loaded['img'].shape == (16, 24, 3)
+    assert loaded['gt_seg_map'].shape == (32, 48)
+
+
+@segmentation
 def test_guard_skips_missing_label_maps(scope, tmp_path, picture_bytes, label_bytes, messages):
     guard = make_guard(transforms=(LOAD, {'type': 'LoadAnnotations'}))
     sample = write_ade_pair(tmp_path, picture_bytes, label_bytes())

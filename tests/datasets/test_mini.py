@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 from pycocotools.coco import COCO
 
+import linvis.compat
+from linvis.datasets import check_dataset_cfg
 from linvis.datasets.verify import verify_dataset
 
 MINI = Path(__file__).parents[2] / 'data' / 'mini'
+LOAD = {'type': 'LoadImageFromFile'}
 LICENCES = {'CC BY 2.0', 'CC BY-SA 2.0', 'No known copyright restrictions'}
 
 
@@ -104,3 +108,44 @@ def test_mini_pictures_carry_no_metadata():
     for path in MINI.rglob('*.jpg'):
         with Image.open(path) as picture:
             assert not picture.getexif()
+
+
+def load_through(scope, cfg, steps):
+    """Build a dataset as a run does and load all of it, strictly."""
+    linvis.compat.install()
+    with DefaultScope.overwrite_default_scope(scope):
+        guard = {'type': 'linvis.LoadGuard', 'transforms': [LOAD, *steps], 'max_unreadable': 0}
+        check_dataset_cfg(cfg)
+        dataset = DATASETS.build({**cfg, 'pipeline': [guard]})
+        return dataset, [dataset[index] for index in range(len(dataset))]
+
+
+def test_mini_imagenet_loads_through_mmpretrain():
+    cfg = {'type': 'CustomDataset', 'data_root': str(MINI / 'imagenet'), 'data_prefix': 'train'}
+    dataset, samples = load_through('mmpretrain', cfg, [])
+    assert len(dataset.metainfo['classes']) == 8
+    assert {sample['gt_label'] for sample in samples} == set(range(8))
+
+
+def test_mini_coco_loads_through_mmdet():
+    cfg = {
+        'type': 'CocoDataset',
+        'data_root': str(MINI / 'coco'),
+        'ann_file': 'annotations/instances_train2017.json',
+        'data_prefix': {'img': 'train2017/'},
+    }
+    step = {'type': 'LoadAnnotations', 'with_bbox': True, 'with_mask': True}
+    _, samples = load_through('mmdet', cfg, [step])
+    assert len(samples) == 73
+    assert sum(len(sample['gt_bboxes']) for sample in samples) == 723
+    assert all(len(sample['gt_masks']) == len(sample['gt_bboxes']) for sample in samples)
+
+
+def test_mini_ade_loads_through_mmseg():
+    prefix = {'img_path': 'images/training', 'seg_map_path': 'annotations/training'}
+    cfg = {'type': 'ADE20KDataset', 'data_root': str(MINI / 'ade'), 'data_prefix': prefix}
+    dataset, samples = load_through('mmseg', cfg, [{'type': 'LoadAnnotations'}])
+    assert len(dataset.metainfo['classes']) == 150
+    labels = set(np.concatenate([np.unique(sample['gt_seg_map']) for sample in samples]))
+    assert 255 in labels
+    assert max(labels - {255}) < 150
