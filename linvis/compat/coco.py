@@ -1,5 +1,6 @@
 """COCO evaluation by faster-coco-eval where the libraries ask for pycocotools."""
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,24 +21,27 @@ def install_coco_eval() -> Literal['faster-coco-eval', 'pycocotools']:
         Which of the two mmdet evaluates with.
     """
     try:
-        import faster_coco_eval
+        faster = importlib.import_module('faster_coco_eval')
     except ModuleNotFoundError as error:
         if error.name != 'faster_coco_eval':
             raise
         return 'pycocotools'
-    if sys.modules.get('pycocotools') is not faster_coco_eval:
-        if _WRAPPERS in sys.modules:
-            return 'pycocotools'
-        faster_coco_eval.init_as_pycocotools()
-        around_import(f'{_WRAPPERS}.cocoeval_mp', _one_process)
+    wrappers = sys.modules.get(_WRAPPERS)
+    if wrappers is not None and not issubclass(wrappers.COCOeval, faster.COCOeval_faster):
+        return 'pycocotools'
+    if wrappers is None:
+        faster.init_as_pycocotools()
+        around_import(_WRAPPERS, _official_evaluation)
     return 'faster-coco-eval'
 
 
 @contextmanager
-def _one_process(module: ModuleType) -> Iterator[None]:
-    """Give mmdet's evaluation by many processes the plain one.
+def _official_evaluation(module: ModuleType) -> Iterator[None]:
+    """Give mmdet the evaluation of official numbers.
 
-    It overrides steps of pycocotools that the faster one does not have; speed was its only purpose.
+    It replaces mmdet's evaluation by many processes too, which overrides steps of pycocotools that
+    the faster one does not have; speed is all that it is for.
     """
     yield
-    module.COCOevalMP = module.COCOeval  # type: ignore[attr-defined]
+    evaluation = importlib.import_module('linvis.compat.coco_eval').OfficialCOCOeval
+    module.COCOeval = module.COCOevalMP = evaluation  # type: ignore[attr-defined]
