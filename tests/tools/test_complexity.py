@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from linvis.models import VRWKV
+from tools.analysis.complexity import main, measure
+
+
+def test_macs_are_those_of_projections_patches_and_operator():
+    channels, tokens, depth = 16, 6, 2
+    complexity = measure(VRWKV({'embed_dims': channels, 'depth': depth}), 32, 48)
+    # Four projections of the spatial mix; of the channel mix, one and two of four times the width.
+    assert complexity.macs['aten.mm'] == depth * tokens * channels**2 * (4 + 1 + 8)
+    assert complexity.macs['aten.convolution'] == tokens * channels * 3 * 16**2
+    assert complexity.macs['linvis.bi_wkv_fwd'] == depth * tokens * channels * 13 / 2
+    assert len(complexity.macs) == 3
+
+
+def test_parameters_are_listed_by_part():
+    with torch.device('meta'):
+        complexity = measure(VRWKV('tiny'), 224, 224)
+    assert list(complexity.parameters) == ['pos_embed', 'patch_embed', 'layers', 'ln1']
+    assert sum(complexity.parameters.values()) == 6_155_176 - 193_000
+
+
+def test_arch_of_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['complexity.py', '--arch', 'large', '--shape', '384', '384'])
+    assert main() == 0
+    totals = [line.split()[1] for line in capsys.readouterr().out.splitlines() if 'total' in line]
+    # The paper: 189.5 G at 384 pixels.
+    assert float(totals[1]) == pytest.approx(189.5, rel=0.005)
+
+
+CONFIG = """
+default_scope = 'mmpretrain'
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='linvis.VRWKV', arch='tiny', out_type='avg_featmap'),
+    head=dict(type='LinearClsHead', num_classes=1000, in_channels=192),
+)
+"""
+
+
+def test_model_of_a_config(tmp_path, monkeypatch, capsys):
+    config = tmp_path / 'classifier.py'
+    config.write_text(CONFIG)
+    monkeypatch.setattr('sys.argv', ['complexity.py', str(config)])
+    assert main() == 0
+    output = capsys.readouterr().out
+    totals = [line.split()[1] for line in output.splitlines() if 'total' in line]
+    assert totals == ['6.1552', '1.1590']
+    assert 'head' in output
+
+
+def test_missing_config_is_named(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['complexity.py', 'none.py'])
+    assert main() == 1
+    assert 'none.py' in capsys.readouterr().err

@@ -1,0 +1,65 @@
+import importlib.metadata
+import json
+
+import pytest
+
+from linvis.utils import environment
+
+
+def test_report_has_every_section():
+    report = environment.collect_environment()
+    assert set(report) == {'System', 'Packages', 'Devices', 'Operators', 'Libraries', 'Data'}
+    assert report['Packages']['torch'] == importlib.metadata.version('torch')
+    assert set(report['Operators']) >= {'bi_wkv', 'q_shift'}
+    json.dumps(report)
+
+
+def test_missing_package_comes_with_the_command(monkeypatch: pytest.MonkeyPatch):
+    version = importlib.metadata.version
+
+    def without_mmdet(name: str) -> str:
+        if name in ('onedl-mmdetection', 'mmdet', 'faster-coco-eval', 'pycocotools'):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, 'version', without_mmdet)
+    report = environment.collect_environment()
+    command = 'missing: pip install --no-deps onedl-mmdetection'
+    assert report['Packages']['mmdet'] == command
+    assert report['Libraries']['COCO evaluation'] == 'missing: pip install faster-coco-eval'
+    assert not any('mmdet' in line for line in environment.startup_lines('cpu'))
+
+
+def test_operators_say_why_a_backend_does_not_run(monkeypatch: pytest.MonkeyPatch):
+    import linvis_ops
+
+    monkeypatch.setattr(linvis_ops, 'operators', lambda: ('bi_wkv',))
+    reasons = {'triton': 'there is no CUDA device', 'torch': None, 'reference': None}
+    monkeypatch.setattr(linvis_ops, 'available_backends', lambda name: reasons)
+    described = environment.operator_backends()
+    assert described == {'bi_wkv': 'torch (no triton: there is no CUDA device)'}
+
+
+def test_devices_without_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(environment.torch.cuda, 'is_available', lambda: False)
+    assert environment.collect_environment()['Devices']['GPU'] == 'none'
+
+
+def test_data_folders_name_what_they_lack(tmp_path):
+    (tmp_path / 'data' / 'imagenet' / 'train').mkdir(parents=True)
+    (tmp_path / 'data' / 'mini' / 'coco').mkdir(parents=True)
+    folders = environment.collect_environment(tmp_path)['Data']
+    assert folders['data/imagenet'] == 'lacks val'
+    assert folders['data/mini/coco'] == 'found'
+    assert folders['data/coco'] == 'not there'
+
+
+def test_table_aligns_all_entries():
+    text = environment.format_environment({'A': {'x': '1'}, 'B': {'long name': '2'}})
+    assert text.splitlines() == ['A', '  x          1', 'B', '  long name  2']
+
+
+def test_startup_lines_are_few_and_name_the_device():
+    lines = environment.startup_lines('cpu, 1 process(es)')
+    assert len(lines) == 4
+    assert 'cpu, 1 process(es)' in lines[1]
