@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.registry import OPTIMIZERS
 from mmengine.runner import Runner
 
 from linvis.engine.errors import LaunchError
@@ -90,6 +91,8 @@ def require(cfg: Config, kind: str, path: str) -> None:
     missing = [key for key in needed if cfg.get(key) is None]
     if missing:
         raise LaunchError(f'Config {path} cannot {kind}: it lacks {", ".join(missing)}.')
+    if kind == 'train':
+        _check_optimizer(cfg)
 
 
 def enable_amp(cfg: Config) -> None:
@@ -147,6 +150,16 @@ def _merge_options(cfg: Config, options: Sequence[str]) -> None:
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error.args[0] if error.args else error).split())
             raise LaunchError(f'--cfg-options {option} cannot be merged: {reason}') from error
+
+
+def _check_optimizer(cfg: Config) -> None:
+    """Tells an unknown optimizer, which mmengine takes for a class of no name."""
+    name = cfg.optim_wrapper.get('optimizer', {}).get('type')
+    with OPTIMIZERS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        if isinstance(name, str) and registry.get(name) is None:
+            near = difflib.get_close_matches(name, OPTIMIZERS.module_dict, n=1)
+            hint = f' (did you mean {near[0]}?)' if near else ''
+            raise LaunchError(f'optim_wrapper.optimizer: there is no optimizer {name}{hint}.')
 
 
 def _parse_option(option: str) -> dict:
