@@ -62,13 +62,14 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
 
 def build(config: str | None, arch: str | None) -> nn.Module:
     """The model of a config file, or the backbone VRWKV of an arch, on the meta device."""
-    with torch.device('meta'):
-        if arch is not None:
-            return VRWKV(arch)
+    settings = {'type': 'linvis.VRWKV', 'arch': arch}
+    if config is not None:
+        compat.install()  # before the config, which may inherit from the libraries
         cfg = Config.fromfile(config)
-        compat.install()
         init_default_scope(cfg.get('default_scope', 'mmengine'))
-        return MODELS.build(cfg.model)
+        settings = cfg.model
+    with torch.device('meta'):
+        return MODELS.build(settings)
 
 
 def print_table(title: str, rows: dict[str, float], unit: str, scale: float) -> None:
