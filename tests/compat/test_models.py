@@ -27,6 +27,7 @@ def train_and_predict(scope, config, data):
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(config)
+        model.init_weights()
         batch = model.data_preprocessor(data, training=True)
         loss, _ = model.parse_losses(model.train()(**batch, mode='loss'))
         loss.backward()
