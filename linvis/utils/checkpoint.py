@@ -207,10 +207,13 @@ def load_from_local(
     if state_dict is checkpoint:
         return {'state_dict': state_dict}
     checkpoint['state_dict'] = state_dict
-    runtime_info = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
-    for record in (checkpoint.get('meta') or {}, runtime_info):
-        for entry in ('config', 'cfg'):
-            record.pop(entry, None)
+    message_hub = checkpoint.get('message_hub')
+    runtime_info = message_hub.get('runtime_info') if isinstance(message_hub, dict) else None
+    for record in (checkpoint.get('meta'), runtime_info):
+        if isinstance(record, dict):
+            # Python source that Runner.resume and inferencers would execute
+            record.pop('config', None)
+            record.pop('cfg', None)
     return checkpoint
 
 

@@ -259,6 +259,12 @@ def test_code_never_runs_through_mmengine(tmp_path, weights, safe_loader):
     assert not canary.exists()
 
 
+def test_records_of_other_forms_are_left_alone(tmp_path, weights, safe_loader):
+    path = str(tmp_path / 'odd.pth')
+    torch.save({'model': weights, 'meta': 'epoch 3', 'message_hub': {'runtime_info': None}}, path)
+    assert CheckpointLoader.load_checkpoint(path)['meta'] == 'epoch 3'
+
+
 @pytest.mark.parametrize('url', ['s3://bucket/a.pth', 'petrel://a.pth', 'pavi://a.pth'])
 def test_object_stores_are_refused(url, safe_loader):
     with pytest.raises(CheckpointError, match='copy it to a local file'):

@@ -25,8 +25,8 @@ class SimpleFeaturePyramid(BaseModule):
         out_channels: Channels of every level.
         num_outs: Number of levels. Levels beyond the fourth halve the one before by max pooling
             (stride 64 and on), as Mask R-CNN wants for its proposals.
-        norm_cfg: Norm after each convolution, in the form of `mmcv.cnn.build_norm_layer`; 'LN2d'
-            of mmdet and mmpretrain is the paper's. None for no norm.
+        norm_cfg: Norm after each convolution, as for `mmcv.cnn.build_norm_layer`, or None for no
+            norm. The paper's layer norm over channels is dict(type='mmpretrain.LN2d').
         init_cfg: Initialisation of mmengine.
 
     Raises:
