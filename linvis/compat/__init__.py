@@ -11,6 +11,7 @@ from typing import Literal
 from mmengine.logging import print_log
 
 from linvis.compat.coco import install_coco_eval
+from linvis.compat.config_scopes import install_config_scopes
 from linvis.compat.mmcv_ext import install_mmcv_ext
 from linvis.compat.optional import install_imgaug, install_multimodal
 
@@ -49,6 +50,7 @@ def install() -> CompatReport:
         ModuleNotFoundError: If mmcv is not installed.
         ImportError: If a compiled `mmcv._ext` is installed and does not load.
     """
+    install_config_scopes()
     report = CompatReport(
         mmcv_ext=install_mmcv_ext(),
         coco_eval=install_coco_eval(),
