@@ -94,7 +94,7 @@ def bi_wkv_summary_kernel(
     )
 
     for direction in tl.static_range(2):
-        sign: tl.constexpr = 1 - 2 * direction
+        sign = 1 - 2 * direction
         logit = b_a + sign * b_w * position
         peak = tl.max(logit, 0)[None, :]
         weight = tl.exp(logit - peak)
@@ -207,7 +207,7 @@ def bi_wkv_fwd_kernel(
     numerator = b_v
     denominator = tl.full(b_v.shape, 1.0, tl.float32)
     for direction in tl.static_range(2):
-        sign: tl.constexpr = 1 - 2 * direction
+        sign = 1 - 2 * direction
         # the chunk's own tokens on this side: an exclusive prefix sum, by loading the row beside
         peak = tl.max(b_k + sign * b_w * position, 0)[None, :]
         b_k1, b_v1, b_one1 = _load_summands(
@@ -291,7 +291,7 @@ def bi_wkv_bwd_kernel(
     moment0 = tl.zeros_like(b_g)
     moment1 = tl.zeros_like(b_g)
     for direction in tl.static_range(2):
-        sign: tl.constexpr = 1 - 2 * direction
+        sign = 1 - 2 * direction
         peak = tl.max(b_a + sign * b_w * position, 0)[None, :]
         b_a1, b_g1, b_gy1 = _load_summands(
             lse, gy, y, y, batch, t - sign, c, T, C, y_strides, gy_strides, y_strides, True
