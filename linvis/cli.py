@@ -60,7 +60,9 @@ def train_parser() -> argparse.ArgumentParser:
 def test_parser() -> argparse.ArgumentParser:
     """Returns the parser of tools/test.py."""
     parser = _parser('Test a classifier, detector or segmentor.')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint', help="checkpoint file, or 'none' for the weights that training starts from"
+    )
     parser.add_argument('--show-dir', help='folder for pictures with predictions drawn in')
     parser.add_argument(
         '--out', help='.pkl: the predictions; .json: the metrics, one number a name'

@@ -78,8 +78,21 @@ def set_work_dir(cfg: Config, work_dir: str | None, path: str) -> None:
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
-    if Path(cfg.work_dir).exists() and not Path(cfg.work_dir).is_dir():
-        raise LaunchError(f'Work folder {cfg.work_dir} is a file: name another with --work-dir.')
+
+
+def make_work_dir(cfg: Config) -> None:
+    """Creates the work folder.
+
+    Raises:
+        LaunchError: If that is not possible.
+    """
+    try:
+        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f'Work folder {cfg.work_dir} cannot be created ({error.strerror}): name another with '
+            '--work-dir.'
+        ) from error
 
 
 def require(cfg: Config, kind: str, path: str) -> None:

@@ -41,7 +41,7 @@ def user_sentence(error: BaseException) -> str | None:
     if isinstance(error, TypeError) and 'unexpected keyword argument' in text:
         return f'{text}: check the config.' if _raised_while_building(error) else None
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, RuntimeError, ImportError)):
-        return text if _raised_by_linvis(error) else None
+        return text if isinstance(error, LaunchError) or _raised_by_linvis(error) else None
     return None
 
 

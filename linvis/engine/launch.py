@@ -8,6 +8,7 @@ import torch.distributed
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from linvis import compat
@@ -53,7 +54,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def test(args: argparse.Namespace) -> None:
-    """Tests a checkpoint of a config's model.
+    """Tests a checkpoint of a config's model, or the weights that training starts from.
 
     Args:
         args: Result of `linvis.cli.test_parser()`.
@@ -63,9 +64,11 @@ def test(args: argparse.Namespace) -> None:
             one of another model.
     """
     cfg, placement = _prepare(args, 'test')
-    _check_exists(args.checkpoint)
-    cfg.load_from = args.checkpoint
-    configs.require_matching_checkpoint(cfg, args.checkpoint)
+    untrained = args.checkpoint == 'none'
+    if not untrained:
+        _check_exists(args.checkpoint)
+        cfg.load_from = args.checkpoint
+        configs.require_matching_checkpoint(cfg, args.checkpoint)
     if args.show_dir is not None:
         _draw_into(cfg, args.show_dir)
     out = Path(args.out) if args.out is not None else None
@@ -76,7 +79,11 @@ def test(args: argparse.Namespace) -> None:
         if out.suffix != '.json':
             _add_dumper(cfg, out)
     _check_data(cfg, ('test_dataloader',))
-    metrics = _start(cfg, placement).test()
+    runner = _start(cfg, placement)
+    if untrained:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.init_weights()
+    metrics = runner.test()
     if out is not None and out.suffix == '.json' and is_main_process():
         dump(metrics, str(out), indent=2)
 
@@ -103,6 +110,7 @@ def _prepare(args: argparse.Namespace, kind: str) -> tuple[Config, Placement]:
 
 def _start(cfg: Config, placement: Placement) -> Runner:
     """Connects the processes, reports what the run runs on and builds the runner."""
+    configs.make_work_dir(cfg)
     join_processes(placement, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800))
     if placement.rank == 0:
         text = f'{placement.device}, {placement.world_size} process(es)'

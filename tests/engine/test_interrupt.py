@@ -69,7 +69,7 @@ def test_iter_run_equals_uninterrupted_after_resume(run_train, toy_folder):
 def test_workers_survive_the_signal(run_train, toy_folder):
     write_config(toy_folder, ('num_workers=0', 'num_workers=2'))
     whole = run_whole(run_train)
-    assert run_interrupted(run_train, kill_at=8) == (130, 0)
+    assert run_interrupted(run_train, 8, signal.SIGTERM) == (143, 0)
     assert sequence('b') == whole
 
 

@@ -265,6 +265,11 @@ def test_missing_checkpoint_names_its_neighbours(run_test, sentence, checkpoint)
     assert 'does not exist. . holds toy.pth.' in sentence()
 
 
+def test_initial_weights_can_be_tested(run_test):
+    assert run_test('none', '--out', 'metrics.json') == 0
+    assert Path('metrics.json').is_file()
+
+
 def test_file_that_is_no_checkpoint_is_refused(run_test, sentence):
     Path('text.pth').write_text('<html>404</html>')
     assert run_test('text.pth') == 1
@@ -335,10 +340,10 @@ def test_sync_bn_runs_as_batch_norm_in_one_process(run_train):
     assert '1 SyncBN layers run as BatchNorm: there is one process.' in log
 
 
-def test_work_dir_that_is_a_file_is_refused(run_train, sentence):
+def test_work_dir_that_cannot_be_created_is_refused(run_train, sentence):
     Path('taken').touch()
     assert run_train('--work-dir', 'taken') == 1
-    assert 'Work folder taken is a file' in sentence()
+    assert 'Work folder taken cannot be created (File exists)' in sentence()
 
 
 def test_bug_keeps_its_traceback(run_train, toy_folder):
@@ -351,3 +356,46 @@ def test_bug_keeps_its_traceback(run_train, toy_folder):
     toy.MODELS.register_module(module=BrokenModel, force=True)
     with pytest.raises(ValueError, match='a bug'):
         run_train('--cfg-options', 'model.type=BrokenModel')
+
+
+@pytest.mark.parametrize(
+    ('scope', 'expected'),
+    [
+        ('mmpretrain', {'type': 'VisualizationHook', 'enable': True, 'interval': 1}),
+        ('mmdet', {'type': 'DetVisualizationHook', 'draw': True}),
+        ('mmseg', {'type': 'SegVisualizationHook', 'draw': True}),
+    ],
+)
+def test_show_dir_sets_the_hook_of_the_task(toy_folder, scope, expected):
+    cfg = launch.configs.load_config('config.py')
+    cfg.default_scope = scope
+    cfg.visualizer = {'type': 'Visualizer'}
+    launch._draw_into(cfg, 'drawn')
+    hook = cfg.default_hooks.visualization
+    folder = str(toy_folder / 'drawn')
+    assert {key: hook[key] for key in expected} == expected
+    assert folder in (hook.get('out_dir'), hook.get('test_out_dir'), cfg.visualizer.get('save_dir'))
+
+
+@pytest.mark.parametrize(
+    ('scope', 'kind'),
+    [
+        ('mmpretrain', 'DumpResults'),
+        ('mmdet', 'DumpDetResults'),
+        ('mmseg', 'linvis.DumpSegResults'),
+    ],
+)
+def test_out_adds_the_dumper_of_the_task(toy_folder, scope, kind):
+    cfg = launch.configs.load_config('config.py')
+    cfg.default_scope = scope
+    launch._add_dumper(cfg, Path('a.pkl'))
+    assert [metric['type'] for metric in cfg.test_evaluator] == ['ToyMetric', kind]
+
+
+def test_segmentation_dump_keeps_label_maps_only(tmp_path):
+    from linvis.engine import DumpSegResults
+
+    dumper = DumpSegResults(str(tmp_path / 'a.pkl'))
+    sample = {key: torch.zeros(2, 2) for key in ('seg_logits', 'gt_sem_seg', 'pred_sem_seg')}
+    dumper.process({}, [{**sample, 'img_path': 'a.jpg'}])
+    assert set(dumper.results[0]) == {'pred_sem_seg', 'img_path'}

@@ -1,5 +1,6 @@
 """A model and a dataset small enough for tests of engine code; configs import this module."""
 
+import multiprocessing
 import os
 
 import torch
@@ -78,5 +79,9 @@ class RecordHook(Hook):
             self._send()
 
     def _send(self) -> None:
+        """Signals the whole group, as a terminal and Slurm do: the loader's processes, too."""
         if get_rank() == self.rank:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, self.number)
+                child.join(0.3)  # one that does not survive is noticed here
             os.kill(os.getpid(), self.number)
