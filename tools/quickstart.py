@@ -1,0 +1,291 @@
+"""Trains and tests the three tasks on data/mini: python tools/quickstart.py [--help].
+
+Every step is a call of tools/train.py or tools/test.py, whose whole output is in a log file. What
+a run has finished, the next one takes over; an interrupted training goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = {
+    'before': 'testing the untrained network',
+    'train': 'training',
+    'after': 'testing the trained network',
+    'curves': 'drawing the curves',
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is run for a task.
+
+    Attributes:
+        config: Path of the config from the root of the project.
+        metrics: Names in the result file to names in the table.
+        pictures: What the metrics are measured on.
+        factor: From the result file's numbers to per cent.
+    """
+
+    config: str
+    metrics: dict[str, str]
+    pictures: str
+    factor: float = 1.0
+
+
+TASKS = {
+    'classification': Task(
+        config='configs/quickstart/vrwkv-micro_1xb16-200i_mini-cls-112px.py',
+        metrics={'accuracy/top1': 'top-1'},
+        pictures='86 validation crops',
+    ),
+    'detection': Task(
+        config='configs/quickstart/mask-rcnn_vrwkv-micro_sfp_1xb4-200i_mini-coco.py',
+        metrics={'coco/bbox_mAP': 'box mAP', 'coco/segm_mAP': 'mask mAP'},
+        pictures='its 16 training pictures',
+        factor=100.0,
+    ),
+    'segmentation': Task(
+        config='configs/quickstart/upernet_vrwkv-micro_sfp_1xb4-200i_mini-ade-256x256.py',
+        metrics={'mIoU': 'mIoU'},
+        pictures='9 validation pictures',
+    ),
+}
+NOTE = (
+    'These are scores on mini data after minutes of training: they show that training works and '
+    'say nothing about the full data sets.'
+)
+
+
+class StepError(Exception):
+    """A step failed; the message is one sentence with the path of its log."""
+
+
+class StepStopped(Exception):
+    """A signal ended the run; `status` is the exit status to give."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Stop:
+    """Waits for the running step when the user or the system asks to stop."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.process: subprocess.Popen | None = None
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.number = number
+        # A terminal sends Ctrl-C to the step as well; SIGTERM comes to this process alone.
+        if number == signal.SIGTERM and self.process is not None:
+            self.process.send_signal(number)
+
+
+class Quickstart:
+    """Runs the steps of the tasks and keeps what they found.
+
+    Args:
+        folder: Where logs, checkpoints, pictures and the summary go.
+        device: 'auto', 'cpu' or 'cuda', passed on.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder = folder
+        self.device = device
+        self.stop = Stop()
+
+    def run_task(self, name: str) -> list[dict]:
+        """Runs the steps of a task that are not done yet and returns its rows of the table."""
+        folder = self.folder / name
+        state = self._load_state(name)
+        for number, step in enumerate(STEPS, start=1):
+            title = f'[{name} {number}/{len(STEPS)}] {STEPS[step]}'
+            if step in state['done']:
+                print(f'{title}: done before.', flush=True)
+                continue
+            if self.stop.number:
+                raise StepStopped(128 + self.stop.number)
+            print(f'{title} ...', flush=True)
+            start = time.monotonic()
+            try:
+                self._run(name, step, self._command(name, step))
+                state['done'].append(step)
+            finally:
+                state['seconds'] += time.monotonic() - start
+                write_json(folder / 'state.json', state)
+        return self._rows(name, state['seconds'] / 60)
+
+    def _load_state(self, name: str) -> dict:
+        """Returns what earlier runs did; they count as long as the configs are the same."""
+        folder = self.folder / name
+        file = folder / 'state.json'
+        digest = hashlib.sha256((ROOT / TASKS[name].config).read_bytes()).hexdigest()
+        if file.is_file():
+            state = json.loads(file.read_text())
+            if state['config'] == digest:
+                return state
+            print(f'The config of {name} has changed: starting it anew.', flush=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        return {'config': digest, 'done': [], 'seconds': 0.0}
+
+    def _command(self, name: str, step: str) -> list[str]:
+        """Returns the command line of a step, without the interpreter."""
+        folder, config = self.folder / name, TASKS[name].config
+        train_dir = folder / 'train'
+        if step == 'curves':
+            out = str(folder / 'curves.png')
+            return ['tools/analysis/plot_curves.py', str(train_dir), '--out', out]
+        common = ['--device', self.device, '--work-dir']
+        if step == 'train':
+            return ['tools/train.py', config, '--resume', *common, str(train_dir)]
+        out = ['--out', str(folder / f'{step}.json'), *common, str(folder / step)]
+        if step == 'before':
+            return ['tools/test.py', config, 'none', *out]
+        last = Path((train_dir / 'last_checkpoint').read_text().strip()).name
+        pictures = str(folder / 'predictions')
+        return ['tools/test.py', config, str(train_dir / last), *out, '--show-dir', pictures]
+
+    def _run(self, name: str, step: str, command: list[str]) -> None:
+        """Runs one step, shows its progress and keeps its output."""
+        log = self.folder / name / f'{step}.log'
+        # Threads that wait asleep: spinning ones stall each other where the cores are shared.
+        environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ, 'PYTHONUNBUFFERED': '1'}
+        with log.open('w') as file:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors='replace',
+            )
+            self.stop.process = process
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                text = progress(line, TASKS[name].metrics)
+                if text:
+                    print(f'    {text}', flush=True)
+            status = process.wait()
+        self.stop.process = None
+        if self.stop.number:
+            raise StepStopped(128 + self.stop.number)
+        if status:
+            last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+            raise StepError(
+                f'{name}: {STEPS[step]} failed with status {status}; its output is in {log}'
+                f'{", the last line is: " + last[0] if last else ""}'
+            )
+
+    def _rows(self, name: str, minutes: float) -> list[dict]:
+        task, folder = TASKS[name], self.folder / name
+        before, after = (
+            json.loads((folder / f'{step}.json').read_text()) for step in ('before', 'after')
+        )
+        return [
+            {
+                'task': name,
+                'metric': f'{label} (%)',
+                'measured on': task.pictures,
+                'untrained': before[key] * task.factor,
+                'trained': after[key] * task.factor,
+                'minutes': minutes,
+                'config': task.config,
+                'curves': str(folder / 'curves.png'),
+                'predictions': str(folder / 'predictions'),
+            }
+            for key, label in task.metrics.items()
+        ]
+
+
+def progress(line: str, metrics: Iterable[str]) -> str | None:
+    """Shortens a progress line of a log; returns None for any other line."""
+    match = re.search(r'((?:Iter|Epoch)\((?:train|val|test)\))\s*(\[.*?\])(.*)', line)
+    if match is None:
+        return None
+    shown = ('eta', 'loss', *metrics)
+    values = [
+        f'{key} {value}' for key, value in re.findall(r'(\S+): (\S+)', match[3]) if key in shown
+    ]
+    return f'{match[1]} {match[2]}  {"  ".join(values)}'.rstrip()
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Lays the rows out in aligned columns."""
+    columns = ('task', 'metric', 'measured on', 'untrained', 'trained', 'minutes')
+    lines = [columns]
+    for row in rows:
+        cells = (row[column] for column in columns)
+        lines.append([f'{cell:.1f}' if isinstance(cell, float) else cell for cell in cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
+    texts = [
+        '  '.join(
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return '\n'.join([texts[0], '-' * max(map(len, texts)), *texts[1:]])
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a file that is either complete or the one before."""
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(content, indent=2) + '\n')
+    part.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the arguments, runs the tasks and prints the table."""
+    parser = argparse.ArgumentParser(description='Train and test the three tasks on data/mini.')
+    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS), metavar='TASK')
+    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'quickstart')
+    parser.add_argument(
+        '--fresh', action='store_true', help='start anew instead of using what earlier runs did'
+    )
+    args = parser.parse_args(argv)
+    folder = args.work_dir.resolve()
+    quickstart = Quickstart(folder, args.device)
+    rows = []
+    try:
+        for name in args.tasks:
+            if args.fresh and (folder / name).exists():
+                shutil.rmtree(folder / name)
+            rows += quickstart.run_task(name)
+    except StepStopped as stopped:
+        print('Stopped; the same command goes on from here.', file=sys.stderr)
+        return stopped.status
+    except StepError as error:
+        print(f'{parser.prog}: {error}', file=sys.stderr)
+        return 1
+    write_json(folder / 'summary.json', {'note': NOTE, 'rows': rows})
+    print(f'\n{table(rows)}\n\n{NOTE}\n')
+    for name in args.tasks:
+        print(f'{name}: curves {folder / name / "curves.png"}')
+        print(f'{" " * len(name)}  predictions {folder / name / "predictions"}')
+    print(f'Summary: {folder / "summary.json"}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
