@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import subprocess
 
 import torch
 from mmengine.dataset import BaseDataset
@@ -82,6 +83,7 @@ class RecordHook(Hook):
         """Signals the whole group, as a terminal and Slurm do: the loader's processes, too."""
         if get_rank() == self.rank:
             for child in multiprocessing.active_children():
-                os.kill(child.pid, self.number)
+                # Not by os.kill: a loader's process leaves in silence when its parent asks for it.
+                subprocess.run(['kill', f'-{self.number}', str(child.pid)], check=True)
                 child.join(0.3)  # one that does not survive is noticed here
             os.kill(os.getpid(), self.number)
