@@ -98,7 +98,12 @@ def test_wrong_arguments_are_told(project, fake, script, arguments, expected):
 
 
 def test_slurm_direct_run_asks_for_the_gpus(project, fake):
-    environ = {'PARTITION': 'gpu', 'GPUS': '16', 'CPUS_PER_TASK': '4', 'SRUN_ARGS': '--nodelist=a --qos=b'}
+    environ = {
+        'PARTITION': 'gpu',
+        'GPUS': '16',
+        'CPUS_PER_TASK': '4',
+        'SRUN_ARGS': '--nodelist=a --qos=b',
+    }
     done = run(project / 'tools/slurm_train.sh', 'c.py', '--resume', **environ)
     assert done.returncode == 0, done.stderr
     arguments = lines(fake / 'srun_args')
