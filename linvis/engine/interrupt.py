@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, barrier, get_rank, get_world_size, is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
@@ -49,7 +49,7 @@ class InterruptCheckpointHook(Hook):
         self._signal = 0
         self._time = 0.0
         self._previous: dict[int, Any] = {}
-        self._can_sync_val = True
+        self._can_stop_in_val = True
 
     def before_train(self, runner: Runner) -> None:
         """Listens to the signals and makes up for an interrupted validation."""
@@ -88,9 +88,14 @@ class InterruptCheckpointHook(Hook):
         self._save_and_exit(runner, number, done)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Finds out whether all processes validate equally many batches."""
+        """Finds out whether the run can stop within this validation.
+
+        It cannot if the processes validate different numbers of batches, as they could not agree,
+        or if averaged weights stand in for the trained ones until the validation is over.
+        """
         length = len(runner.val_dataloader)
-        self._can_sync_val = _largest(length) == -_largest(-length)
+        averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        self._can_stop_in_val = not averaged and _largest(length) == -_largest(-length)
 
     def after_val_iter(
         self,
@@ -100,12 +105,12 @@ class InterruptCheckpointHook(Hook):
         outputs: Any = None,  # noqa: ARG002
     ) -> None:
         """Stops within a validation that belongs to a training run."""
-        if self._previous and self._can_sync_val:
+        if self._previous and self._can_stop_in_val:
             self._stop_validation(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:  # noqa: ARG002
-        """Stops after a validation whose processes could not stop together within it."""
-        if self._previous and not self._can_sync_val:
+        """Stops after a validation within which the run could not stop."""
+        if self._previous and not self._can_stop_in_val:
             number = _largest(self._signal)
             if number:
                 self._save_and_exit(runner, number, runner.iter)

@@ -112,6 +112,19 @@ def test_interrupted_validation_runs_first_after_resume(run_train):
     assert sum(entry[0] != 'val' for entry in sequence('b')) == 18
 
 
+def test_validation_of_averaged_weights_is_finished_first(run_train, toy_folder):
+    write_config(toy_folder, ("dict(type='RecordHook')", "dict(type='RecordHook'), EMA"))
+    text = (toy_folder / 'config.py').read_text()
+    (toy_folder / 'config.py').write_text("EMA = dict(type='EMAHook', momentum=0.1)\n" + text)
+    options = record('a', val=True)
+    assert run_train('--work-dir', 'a', '--cfg-options', *options) == 0
+    options = record('b', val=True, number=2, kill_at=6)
+    assert run_train('--work-dir', 'b', '--cfg-options', *options) == 130
+    options = record('b', val=True)
+    assert run_train('--work-dir', 'b', '--resume', '--cfg-options', *options) == 0
+    assert sequence('b') == sequence('a')
+
+
 def test_message_says_how_to_go_on_and_old_checkpoint_goes(run_train):
     run_train('--work-dir', 'b', '--cfg-options', *record('b', kill_at=4, number=2))
     log = next(Path('b').glob('*/*.log')).read_text()
