@@ -1,10 +1,13 @@
 """Stopping a training run by a signal without losing work."""
 
+import atexit
 import os
 import signal
 import time
 from collections.abc import Callable
+from ctypes import c_bool
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -205,20 +208,26 @@ def _guard_workers(loader: DataLoader) -> None:
 
     A terminal and Slurm signal the whole group; a worker that died would break the iteration.
     """
-    if not isinstance(loader.worker_init_fn, partial) or (
-        loader.worker_init_fn.func is not _start_worker
-    ):
-        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    init = loader.worker_init_fn
+    if isinstance(init, partial) and init.func is _start_worker:
+        return
+    ending = RawValue(c_bool, False)
+    # When Python ends, multiprocessing terminates the workers that are left and waits for them.
+    # What is registered later runs earlier, so they know by then that this is not Slurm's signal.
+    atexit.register(setattr, ending, 'value', True)
+    loader.worker_init_fn = partial(_start_worker, ending, init)
 
 
-def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+def _start_worker(ending: Any, init: Callable[[int], None] | None, worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    signal.signal(signal.SIGTERM, partial(_ignore_once, ending))
     if init is not None:
         init(worker_id)
 
 
-def _ignore_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+def _ignore_once(ending: Any, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     # The next one comes from the main process, which ends workers that hang.
     signal.signal(number, signal.SIG_DFL)
+    if ending.value:
+        os.kill(os.getpid(), number)
