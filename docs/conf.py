@@ -10,7 +10,7 @@ from linvis import __version__  # noqa: E402
 
 project = 'linvis'
 author = 'The linvis authors'
-copyright = '2026, The linvis authors'  # noqa: A001
+copyright = '2026, The linvis authors'
 version = release = __version__
 
 extensions = [

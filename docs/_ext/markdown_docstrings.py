@@ -1,4 +1,4 @@
-"""Lets docstrings hold Markdown tables and bars, such as |t - s|, which reStructuredText reads otherwise."""
+"""Lets docstrings hold Markdown tables and bars, which reStructuredText reads otherwise."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: the built pages need no network and no LaTeX."""
+"""Formulas as MathML, which browsers draw by themselves, without network or LaTeX."""
 
 from typing import Any
 
