@@ -13,7 +13,8 @@ def visit_inline(self: Any, node: nodes.math) -> None:
 
 
 def visit_block(self: Any, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    formula = tex2mathml(node.astext(), as_block=True)
+    self.body.append(f'<div class="math" style="margin: 0.8em 0">{formula}</div>')
     raise nodes.SkipNode
 
 
