@@ -35,32 +35,36 @@ class Task:
     Attributes:
         config: Path of the config from the root of the project.
         metrics: Names in the result file to names in the table.
-        pictures: What the metrics are measured on.
+        tests: What the metrics are measured on, each with the options for tools/test.py that
+            choose it; the predictions on the first are drawn.
         factor: From the result file's numbers to per cent.
     """
 
     config: str
     metrics: dict[str, str]
-    pictures: str
+    tests: dict[str, tuple[str, ...]]
     factor: float = 1.0
 
 
 TASKS = {
     'classification': Task(
-        config='configs/quickstart/vrwkv-micro_1xb16-200i_mini-cls-112px.py',
+        config='configs/quickstart/vrwkv-micro_1xb16-600i_mini-cls-96px.py',
         metrics={'accuracy/top1': 'top-1'},
-        pictures='86 validation crops',
+        tests={
+            '86 validation crops': (),
+            '139 training crops': ('test_dataloader.dataset.data_prefix=train',),
+        },
     ),
     'detection': Task(
         config='configs/quickstart/mask-rcnn_vrwkv-micro_sfp_1xb4-200i_mini-coco.py',
         metrics={'coco/bbox_mAP': 'box mAP', 'coco/segm_mAP': 'mask mAP'},
-        pictures='its 16 training pictures',
+        tests={'its 16 training pictures': ()},
         factor=100.0,
     ),
     'segmentation': Task(
         config='configs/quickstart/upernet_vrwkv-micro_sfp_1xb4-200i_mini-ade-256x256.py',
         metrics={'mIoU': 'mIoU'},
-        pictures='9 validation pictures',
+        tests={'its 28 training pictures': ()},
     ),
 }
 NOTE = (
@@ -124,7 +128,8 @@ class Quickstart:
             print(f'{title} ...', flush=True)
             start = time.monotonic()
             try:
-                self._run(name, step, self._command(name, step))
+                for command in self._commands(name, step):
+                    self._run(name, step, command)
                 state['done'].append(step)
             finally:
                 state['seconds'] += time.monotonic() - start
@@ -146,29 +151,35 @@ class Quickstart:
         folder.mkdir(parents=True)
         return {'config': digest, 'done': [], 'seconds': 0.0}
 
-    def _command(self, name: str, step: str) -> list[str]:
-        """Returns the command line of a step, without the interpreter."""
+    def _commands(self, name: str, step: str) -> list[list[str]]:
+        """Returns the command lines of a step, without the interpreter."""
         folder, config = self.folder / name, TASKS[name].config
         train_dir = folder / 'train'
         if step == 'curves':
             out = str(folder / 'curves.png')
-            return ['tools/analysis/plot_curves.py', str(train_dir), '--out', out]
+            return [['tools/analysis/plot_curves.py', str(train_dir), '--out', out]]
         common = ['--device', self.device, '--work-dir']
         if step == 'train':
-            return ['tools/train.py', config, '--resume', *common, str(train_dir)]
-        out = ['--out', str(folder / f'{step}.json'), *common, str(folder / step)]
-        if step == 'before':
-            return ['tools/test.py', config, 'none', *out]
-        last = Path((train_dir / 'last_checkpoint').read_text().strip()).name
-        pictures = str(folder / 'predictions')
-        return ['tools/test.py', config, str(train_dir / last), *out, '--show-dir', pictures]
+            return [['tools/train.py', config, '--resume', *common, str(train_dir)]]
+        checkpoint = 'none'
+        if step == 'after':
+            last = Path((train_dir / 'last_checkpoint').read_text().strip()).name
+            checkpoint = str(train_dir / last)
+        commands = []
+        for number, options in enumerate(TASKS[name].tests.values()):
+            command = ['tools/test.py', config, checkpoint, *common, str(folder / step)]
+            command += ['--out', str(folder / f'{step}_{number}.json')]
+            if step == 'after' and number == 0:
+                command += ['--show-dir', str(folder / 'predictions')]
+            commands.append([*command, '--cfg-options', *options] if options else command)
+        return commands
 
     def _run(self, name: str, step: str, command: list[str]) -> None:
         """Runs one step, shows its progress and keeps its output."""
         log = self.folder / name / f'{step}.log'
         # Threads that wait asleep: spinning ones stall each other where the cores are shared.
         environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ, 'PYTHONUNBUFFERED': '1'}
-        with log.open('w') as file:
+        with log.open('a') as file:
             process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
@@ -198,23 +209,27 @@ class Quickstart:
 
     def _rows(self, name: str, minutes: float) -> list[dict]:
         task, folder = TASKS[name], self.folder / name
-        before, after = (
-            json.loads((folder / f'{step}.json').read_text()) for step in ('before', 'after')
-        )
-        return [
-            {
-                'task': name,
-                'metric': f'{label} (%)',
-                'measured on': task.pictures,
-                'untrained': before[key] * task.factor,
-                'trained': after[key] * task.factor,
-                'minutes': minutes,
-                'config': task.config,
-                'curves': str(folder / 'curves.png'),
-                'predictions': str(folder / 'predictions'),
-            }
-            for key, label in task.metrics.items()
-        ]
+        rows = []
+        for number, pictures in enumerate(task.tests):
+            before, after = (
+                json.loads((folder / f'{step}_{number}.json').read_text())
+                for step in ('before', 'after')
+            )
+            rows += [
+                {
+                    'task': name,
+                    'metric': f'{label} (%)',
+                    'measured on': pictures,
+                    'untrained': before[key] * task.factor,
+                    'trained': after[key] * task.factor,
+                    'minutes': minutes,
+                    'config': task.config,
+                    'curves': str(folder / 'curves.png'),
+                    'predictions': str(folder / 'predictions'),
+                }
+                for key, label in task.metrics.items()
+            ]
+        return rows
 
 
 def progress(line: str, metrics: Iterable[str]) -> str | None:
@@ -232,7 +247,7 @@ def progress(line: str, metrics: Iterable[str]) -> str | None:
 def table(rows: Sequence[dict]) -> str:
     """Lays the rows out in aligned columns."""
     columns = ('task', 'metric', 'measured on', 'untrained', 'trained', 'minutes')
-    lines = [columns]
+    lines: list[Sequence[str]] = [columns]
     for row in rows:
         cells = (row[column] for column in columns)
         lines.append([f'{cell:.1f}' if isinstance(cell, float) else cell for cell in cells])

@@ -1,9 +1,22 @@
-"""Quickstart: Mask R-CNN."""
+"""Quickstart: Mask R-CNN with a narrow VRWKV learns 16 pictures of data/mini/coco, from scratch.
+
+Shows that training and testing work: it is measured on the pictures that it trains on, and the
+scores say nothing about COCO. Backbone: VRWKV with 96 channels and 6 layers; the pyramid and the
+heads are narrower than usual, too, to be quick on a CPU.
+Data: 16 training pictures of data/mini/coco with large objects, 8 of the 80 categories, at most 256
+    px a side.
+Hardware: one GPU, or a CPU with 2 cores. Time: about 3 minutes on such a CPU, tests included.
+Expected: at least 40 % box mAP and 15 % mask mAP on the 16 pictures; untrained: 0.
+Command: python tools/quickstart.py --tasks detection, or
+    python tools/train.py configs/quickstart/mask-rcnn_vrwkv-micro_sfp_1xb4-200i_mini-coco.py
+"""
 
 _base_ = ['../_base_/runtime_det.py', 'mmdet::_base_/models/mask-rcnn_r50_fpn.py']
 
+# 200 iterations = 50 epochs x 16 pictures / 4 a batch
 max_iters = 200
 classes = ('person', 'motorcycle', 'dog', 'cat', 'toilet', 'donut', 'teddy bear', 'giraffe')
+# Positions in the annotation file.
 pictures = [2, 3, 12, 13, 15, 17, 19, 24, 25, 27, 39, 44, 55, 56, 65, 71]
 
 norm_cfg = dict(type='GN', num_groups=8)
@@ -26,9 +39,7 @@ model = dict(
         bbox_roi_extractor=dict(out_channels=64),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=len(classes)),
         mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(
-            num_convs=2, in_channels=64, conv_out_channels=64, num_classes=len(classes)
-        ),
+        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=len(classes)),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),

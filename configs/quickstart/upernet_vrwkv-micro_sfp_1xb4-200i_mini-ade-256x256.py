@@ -1,7 +1,18 @@
-"""Quickstart: UperNet."""
+"""Quickstart: UperNet with a narrow VRWKV learns the pictures of data/mini/ade, from scratch.
+
+Shows that training and testing work: it is measured on the pictures that it trains on, and the
+scores say nothing about ADE20K. Backbone: VRWKV with 96 channels and 6 layers; the pyramid and the
+heads are narrower than usual, too, to be quick on a CPU.
+Data: the 28 training pictures of data/mini/ade, 6 of the 150 classes; other pixels are ignored.
+Hardware: one GPU, or a CPU with 2 cores. Time: about 2 minutes on such a CPU, tests included.
+Expected: at least 45 % mIoU on the 28 pictures; untrained: about 5 %.
+Command: python tools/quickstart.py --tasks segmentation, or
+    python tools/train.py configs/quickstart/upernet_vrwkv-micro_sfp_1xb4-200i_mini-ade-256x256.py
+"""
 
 _base_ = ['../_base_/runtime_seg.py', 'mmseg::_base_/models/upernet_swin.py']
 
+# 200 iterations = 28 epochs x 28 pictures / 4 a batch, rounded up
 max_iters = 200
 classes = ('wall', 'sky', 'tree', 'grass', 'person', 'table')
 crop_size = (256, 256)
@@ -18,9 +29,7 @@ model = dict(
     decode_head=dict(
         in_channels=[48, 48, 48, 48], channels=48, num_classes=len(classes), norm_cfg=norm_cfg
     ),
-    auxiliary_head=dict(
-        in_channels=48, channels=48, num_classes=len(classes), norm_cfg=norm_cfg
-    ),
+    auxiliary_head=dict(in_channels=48, channels=48, num_classes=len(classes), norm_cfg=norm_cfg),
 )
 
 train_pipeline = [
@@ -28,16 +37,17 @@ train_pipeline = [
         type='linvis.LoadGuard',
         transforms=[dict(type='LoadImageFromFile'), dict(type='mmseg.LoadAnnotations')],
     ),
-    dict(type='RandomResize', scale=(320, 320), ratio_range=(0.8, 1.6), keep_ratio=True),
+    dict(type='RandomResize', scale=(320, 320), ratio_range=(0.85, 1.2), keep_ratio=True),
     dict(type='mmseg.RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='mmseg.RandomFlip', prob=0.5),
-    dict(type='mmseg.PhotoMetricDistortion'),
     dict(type='mmseg.PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='linvis.LoadGuard', transforms=[dict(type='LoadImageFromFile')], max_unreadable=0),
     dict(type='mmseg.Resize', scale=(320, 320), keep_ratio=True),
-    dict(type='linvis.LoadGuard', transforms=[dict(type='mmseg.LoadAnnotations')], max_unreadable=0),
+    dict(
+        type='linvis.LoadGuard', transforms=[dict(type='mmseg.LoadAnnotations')], max_unreadable=0
+    ),
     dict(type='mmseg.PackSegInputs'),
 ]
 dataset = dict(
@@ -61,7 +71,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         **dataset,
-        data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
         test_mode=True,
         pipeline=test_pipeline,
     ),

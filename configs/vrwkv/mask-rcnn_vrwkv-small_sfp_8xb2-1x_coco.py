@@ -1,7 +1,8 @@
-"""Mask R-CNN with VRWKV-S and the simple feature pyramid on COCO, with the authors' 1x recipe.
+"""Mask R-CNN with VRWKV-S and the simple feature pyramid on COCO, by the authors' recipe.
 
-Reproduces: nothing published. The recipe is that of Vision-RWKV, table 3, VRWKV-S (44.8 box AP, 40.2
-    mask AP); there the backbone feeds a ViT-Adapter and FPN, here the simple feature pyramid.
+Reproduces: nothing published. The recipe is that of Vision-RWKV, table 3, VRWKV-S
+    (44.8 box AP, 40.2 mask AP); there the backbone feeds a ViT-Adapter and FPN, here the simple
+    feature pyramid.
 Hardware: 8 GPUs x 2 pictures; with fewer GPUs keep 16 pictures in all, or scale the learning rate
     with --auto-scale-lr.
 Duration: not measured here.

@@ -1,7 +1,8 @@
-"""Mask R-CNN with VRWKV-T and the simple feature pyramid on COCO, with the authors' 1x recipe.
+"""Mask R-CNN with VRWKV-T and the simple feature pyramid on COCO, by the authors' recipe.
 
-Reproduces: nothing published. The recipe is that of Vision-RWKV, table 3, VRWKV-T (41.7 box AP, 38.0
-    mask AP); there the backbone feeds a ViT-Adapter and FPN, here the simple feature pyramid.
+Reproduces: nothing published. The recipe is that of Vision-RWKV, table 3, VRWKV-T
+    (41.7 box AP, 38.0 mask AP); there the backbone feeds a ViT-Adapter and FPN, here the simple
+    feature pyramid.
 Hardware: 8 GPUs x 2 pictures; with fewer GPUs keep 16 pictures in all, or scale the learning rate
     with --auto-scale-lr.
 Duration: not measured here.
@@ -34,8 +35,8 @@ model = dict(
     ),
 )
 
-# 12 epochs with steps after 8 and 11, and 500 iterations of warm-up from 1e-3 of the rate, are those
-# of the base. lr = 2e-4 for 8 x 2 = 16 pictures.
+# 12 epochs with steps after 8 and 11, and 500 iterations of warm-up from 1e-3 of the rate, are
+# those of the base. lr = 2e-4 for 8 x 2 = 16 pictures.
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.01),
     constructor='linvis.LayerDecayOptimWrapperConstructor',

@@ -24,7 +24,6 @@ model = dict(
         in_channels=192,
         loss=dict(type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
     ),
-    train_cfg=None,
 )
 
 # AdamW, weight decay 0.05, 20 epochs of warm-up from 1e-3 of the rate and cosine decay to 1 % are

@@ -2,6 +2,7 @@ import ast
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from linvis import compat
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER_FACTS = ('Reproduces:', 'Hardware:', 'Duration:', 'Expected:', 'Command:')
+HEADER_FACTS = ('hardware', 'duration|time', 'expected', r'tools/\w+\.(py|sh)')
 # Pictures of the synthetic sets, and of the shrunk pipelines.
 HEIGHT, WIDTH = 96, 128
 SIZES = {'scale': (WIDTH, HEIGHT), 'crop_size': (64, 64), 'stride': (48, 48)}
@@ -97,14 +98,13 @@ def test_name_is_split_into_its_parts():
 
 
 @each_config
-def test_header_says_what_is_reproduced_and_how(path):
+def test_header_says_what_is_expected_and_how_to_run_it(path):
     header = ast.get_docstring(ast.parse(path.read_text()))
     assert header is not None
-    places = [header.find(fact) for fact in HEADER_FACTS]
-    assert -1 not in places, dict(zip(HEADER_FACTS, places, strict=True))
-    assert places == sorted(places)
-    command = header[places[-1] :]
-    assert path.name in command or 'tools/quickstart.py' in command
+    assert header.splitlines()[0].endswith('.')
+    missing = [fact for fact in HEADER_FACTS if not re.search(fact, header, re.IGNORECASE)]
+    assert not missing
+    assert path.name in header
 
 
 @each_config

@@ -1,9 +1,19 @@
-"""Quickstart: classification of 8 super-categories with a narrow VRWKV, on data/mini/imagenet."""
+"""Quickstart: a narrow VRWKV classifies the 8 kinds of objects in data/mini/imagenet, from scratch.
+
+Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is
+VRWKV with 96 channels, 6 layers and patches of 12 pixels, to be quick on a CPU.
+Data: 139 training and 86 validation crops of data/mini/imagenet, at 96 px.
+Hardware: one GPU, or a CPU with 2 cores. Time: about 2 minutes on such a CPU, tests included.
+Expected: 80 % top-1 or more on the training crops, 20 to 30 % on the validation crops; untrained,
+or always naming the largest class: about 14 %.
+Command: python tools/quickstart.py --tasks classification, or
+    python tools/train.py configs/quickstart/vrwkv-micro_1xb16-600i_mini-cls-96px.py
+"""
 
 _base_ = ['../_base_/runtime_cls.py']
 
-# iterations = 23 epochs x 139 pictures / 16 a batch
-max_iters = 200
+# 600 iterations = 69 epochs x 139 pictures / 16 a batch
+max_iters = 600
 
 model = dict(
     type='mmpretrain.ImageClassifier',
@@ -13,9 +23,8 @@ model = dict(
     backbone=dict(
         type='linvis.VRWKV',
         arch=dict(embed_dims=96, depth=6),
-        img_size=112,
-        patch_size=8,
-        drop_path_rate=0.1,
+        img_size=96,
+        patch_size=12,
     ),
     neck=dict(type='mmpretrain.GlobalAveragePooling'),
     head=dict(
@@ -23,28 +32,24 @@ model = dict(
         num_classes=8,
         in_channels=96,
         topk=(1,),
-        loss=dict(
-            type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1, mode='original'
-        ),
+        loss=dict(type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
     ),
 )
 
 train_pipeline = [
     dict(type='linvis.LoadGuard', transforms=[dict(type='LoadImageFromFile')]),
-    dict(type='mmpretrain.RandomResizedCrop', scale=112, crop_ratio_range=(0.35, 1.0)),
+    dict(type='mmpretrain.RandomResizedCrop', scale=96, crop_ratio_range=(0.35, 1.0)),
     dict(type='mmpretrain.RandomFlip', prob=0.5),
     dict(type='mmpretrain.ColorJitter', brightness=0.3, contrast=0.3, saturation=0.3),
     dict(type='mmpretrain.PackInputs'),
 ]
 test_pipeline = [
     dict(type='linvis.LoadGuard', transforms=[dict(type='LoadImageFromFile')], max_unreadable=0),
-    dict(type='mmpretrain.ResizeEdge', scale=112, edge='short'),
-    dict(type='mmpretrain.CenterCrop', crop_size=112),
+    dict(type='mmpretrain.ResizeEdge', scale=96, edge='short'),
+    dict(type='mmpretrain.CenterCrop', crop_size=96),
     dict(type='mmpretrain.PackInputs'),
 ]
-dataset = dict(
-    type='mmpretrain.CustomDataset', data_root='data/mini/imagenet', with_label=True
-)
+dataset = dict(type='mmpretrain.CustomDataset', data_root='data/mini/imagenet', with_label=True)
 train_dataloader = dict(
     batch_size=16,
     num_workers=1,
@@ -73,13 +78,13 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=20, end=max_iters),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=50)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
 val_cfg = dict()
 test_cfg = dict()
 
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(by_epoch=False, interval=50, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=100, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False, window_size=10)
 randomness = dict(seed=0)
