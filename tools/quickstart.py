@@ -62,7 +62,7 @@ TASKS = {
         factor=100.0,
     ),
     'segmentation': Task(
-        config='configs/quickstart/upernet_vrwkv-micro_sfp_1xb4-200i_mini-ade-256x256.py',
+        config='configs/quickstart/upernet_vrwkv-micro_sfp_1xb4-250i_mini-ade-256x256.py',
         metrics={'mIoU': 'mIoU'},
         tests={'its 28 training pictures': ()},
     ),
@@ -154,7 +154,7 @@ class Quickstart:
     def _commands(self, name: str, step: str) -> list[list[str]]:
         """Returns the command lines of a step, without the interpreter."""
         folder, config = self.folder / name, TASKS[name].config
-        train_dir = folder / 'train'
+        train_dir = folder / name  # the name is the title of the curves
         if step == 'curves':
             out = str(folder / 'curves.png')
             return [['tools/analysis/plot_curves.py', str(train_dir), '--out', out]]
