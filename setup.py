@@ -1,4 +1,4 @@
-"""Packages and the optional CUDA extension; all metadata is in pyproject.toml."""
+"""Where the packages lie; all metadata is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,6 +15,19 @@ def _import_error() -> str | None:
         importlib.import_module('triton')
     except ImportError as error:
         return f'triton cannot be imported ({error})'
+    return None
+
+
+@functools.cache
+def _start_error() -> str | None:
+    """Why Triton cannot launch kernels: it builds a small C module at its first launch."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        reason = str(error).strip().split('\n')[0]
+        return f'triton cannot start ({reason}); it needs gcc or clang and the headers of Python'
     return None
 
 
@@ -45,7 +59,7 @@ def triton_unavailable(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != 'cuda':
             return f'the inputs are on {tensor.device.type}'
-    return None
+    return _start_error()
 
 
 def dtype_unavailable(*tensors: Tensor) -> str | None:

@@ -5,7 +5,14 @@ import logging
 import pytest
 import torch
 
-from linvis_ops import BackendUnavailableError, _dispatch, available_backends, bi_wkv, operators
+from linvis_ops import (
+    BackendUnavailableError,
+    _dispatch,
+    _triton,
+    available_backends,
+    bi_wkv,
+    operators,
+)
 from linvis_ops._library import custom_op
 from linvis_ops.testing import bi_wkv_inputs
 
@@ -74,3 +81,19 @@ def test_available_backends_of_an_unknown_operator():
 def test_an_operator_is_defined_once():
     with pytest.raises(RuntimeError, match='linvis::bi_wkv_fwd is defined already'):
         custom_op('bi_wkv_fwd')(lambda: None)
+
+
+def test_triton_that_cannot_start_is_a_reason_not_a_traceback(monkeypatch):
+    triton = pytest.importorskip('triton')
+
+    class NoCompiler:
+        def get_current_device(self):
+            raise RuntimeError('Failed to find C compiler.\nPlease specify it.')
+
+    _triton._start_error.cache_clear()
+    monkeypatch.setattr(triton.runtime.driver, '_active', NoCompiler())
+    assert _triton._start_error() == (
+        'triton cannot start (Failed to find C compiler.); '
+        'it needs gcc or clang and the headers of Python'
+    )
+    _triton._start_error.cache_clear()
