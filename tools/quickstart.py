@@ -163,8 +163,10 @@ class Quickstart:
             return [['tools/train.py', config, '--resume', *common, str(train_dir)]]
         checkpoint = 'none'
         if step == 'after':
-            last = Path((train_dir / 'last_checkpoint').read_text().strip()).name
-            checkpoint = str(train_dir / last)
+            pointer = train_dir / 'last_checkpoint'
+            if not pointer.is_file():
+                raise StepError(f'{name}: {pointer} is gone: train again with --fresh.')
+            checkpoint = str(train_dir / Path(pointer.read_text().strip()).name)
         commands = []
         for number, options in enumerate(TASKS[name].tests.values()):
             command = ['tools/test.py', config, checkpoint, *common, str(folder / step)]

@@ -4,8 +4,8 @@ Shows that training and testing work; the scores say nothing about ImageNet-1k. 
 VRWKV with 96 channels, 6 layers and patches of 12 pixels, to be quick on a CPU.
 Data: 139 training and 86 validation crops of data/mini/imagenet, at 96 px.
 Hardware: one GPU, or a CPU with 2 cores. Time: about 2 minutes on such a CPU, tests included.
-Expected: 80 % top-1 or more on the training crops, 20 to 30 % on the validation crops; untrained,
-or always naming the largest class: about 14 %.
+Expected: 80 % top-1 or more on the training crops, 15 to 30 % on the validation crops (139 crops
+teach little that carries over); untrained, or always naming the largest class: about 14 %.
 Command: python tools/quickstart.py --tasks classification, or
     python tools/train.py configs/quickstart/vrwkv-micro_1xb16-600i_mini-cls-96px.py
 """
@@ -84,6 +84,8 @@ test_cfg = dict()
 
 default_hooks = dict(
     logger=dict(interval=10),
+    # Text on pictures of 96 px could not be read.
+    visualization=dict(rescale_factor=4),
     checkpoint=dict(by_epoch=False, interval=100, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False, window_size=10)
