@@ -31,6 +31,4 @@ DATA_SAMPLERS = Registry(
 TRANSFORMS = Registry(
     'transform', parent=MMENGINE_TRANSFORMS, scope='linvis', locations=['linvis.datasets']
 )
-METRICS = Registry(
-    'metric', parent=MMENGINE_METRICS, scope='linvis', locations=['linvis.engine']
-)
+METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='linvis', locations=['linvis.engine'])
