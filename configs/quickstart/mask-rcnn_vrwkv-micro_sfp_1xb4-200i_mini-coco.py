@@ -15,7 +15,8 @@ _base_ = ['../_base_/runtime_det.py', 'mmdet::_base_/models/mask-rcnn_r50_fpn.py
 
 # 200 iterations = 50 epochs x 16 pictures / 4 a batch
 max_iters = 200
-classes = ('person', 'motorcycle', 'dog', 'cat', 'toilet', 'donut', 'teddy bear', 'giraffe')
+# In the order of the annotation file, as CocoDataset numbers them in that order.
+classes = ('person', 'motorcycle', 'cat', 'dog', 'giraffe', 'donut', 'toilet', 'teddy bear')
 # Positions in the annotation file.
 pictures = [2, 3, 12, 13, 15, 17, 19, 24, 25, 27, 39, 44, 55, 56, 65, 71]
 
