@@ -24,14 +24,24 @@ find_python() {
     return 1
 }
 
+# Debian without python3-venv has no ensurepip, and its pip may be too old (before 22.3) to fill another environment: so
+# that pip fetches a current one, which installs itself.
+install_pip() {
+    local python=$1 fetched status=0
+    fetched=$(mktemp -d) || return
+    "${python}" -m pip --disable-pip-version-check install --quiet --target "${fetched}" pip &&
+        PYTHONPATH=${fetched} "${VENV}/bin/python" -m pip install --quiet --ignore-installed pip || status=$?
+    rm -rf "${fetched}"
+    return "${status}"
+}
+
 make_venv() {
     local python=$1
     "${python}" -m venv "${VENV}" >/dev/null 2>&1 && return
-    # Debian without python3-venv has no ensurepip; pip itself can fill an environment from outside
     rm -rf "${VENV}"
-    "${python}" -m venv --without-pip "${VENV}" &&
-        "${python}" -m pip --python "${VENV}/bin/python" install --quiet pip ||
-        fail "no virtual environment could be made with ${python}; install pip and venv (on Debian: python3-venv)."
+    "${python}" -m venv --without-pip "${VENV}" && install_pip "${python}" && return
+    rm -rf "${VENV}"  # half of one would be taken for whole by the next call
+    fail "no virtual environment could be made with ${python}; install pip and venv (on Debian: python3-venv)."
 }
 
 ensure_environment() {
@@ -49,14 +59,13 @@ ensure_environment() {
     fi
     echo "environment: installing (about 3 GB of downloads the first time, most of it PyTorch)"
     local pip=("${VENV}/bin/python" -m pip --disable-pip-version-check install)
+    # && all along: a shell does not stop at errors in what stands before ||
     (
-        cd "${PROJECT_DIR}"
-        "${pip[@]}" -r requirements/lock.txt
-        "${pip[@]}" --no-deps -r requirements/mm.txt
-        if [[ ${with} == tests ]]; then
-            "${pip[@]}" -r requirements/tests.txt -r requirements/docs.txt
-        fi
-        "${pip[@]}" --quiet --no-deps --editable .
+        cd "${PROJECT_DIR}" &&
+            "${pip[@]}" -r requirements/lock.txt &&
+            "${pip[@]}" --no-deps -r requirements/mm.txt &&
+            { [[ ${with} != tests ]] || "${pip[@]}" -r requirements/tests.txt -r requirements/docs.txt; } &&
+            "${pip[@]}" --quiet --no-deps --editable .
     ) || fail "the installation failed; the lines above say why. Run the same command again to go on."
     echo "${wanted}" >"${stamp}"
     [[ ${with} == tests ]] && echo "${wanted}" >"${VENV}/.linvis-run"
