@@ -5,7 +5,7 @@ scores say nothing about COCO. Backbone: VRWKV with 96 channels and 6 layers; th
 heads are narrower than usual, too, to be quick on a CPU.
 Data: 16 training pictures of data/mini/coco with large objects, 8 of the 80 categories, at most 256
     px a side.
-Hardware: one GPU, or a CPU with 2 cores. Time: about 3 minutes on such a CPU, tests included.
+Hardware: one GPU, or a CPU with 2 cores. Time: 4 to 5 minutes on two busy cores, tests included.
 Expected: at least 40 % box mAP and 15 % mask mAP on the 16 pictures; untrained: 0.
 Command: python tools/quickstart.py --tasks detection, or
     python tools/train.py configs/quickstart/mask-rcnn_vrwkv-micro_sfp_1xb4-200i_mini-coco.py

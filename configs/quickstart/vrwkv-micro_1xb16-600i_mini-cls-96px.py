@@ -3,7 +3,7 @@
 Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is
 VRWKV with 96 channels, 6 layers and patches of 12 pixels, to be quick on a CPU.
 Data: 139 training and 86 validation crops of data/mini/imagenet, at 96 px.
-Hardware: one GPU, or a CPU with 2 cores. Time: about 2 minutes on such a CPU, tests included.
+Hardware: one GPU, or a CPU with 2 cores. Time: 4 to 5 minutes on two busy cores, tests included.
 Expected: 80 % top-1 or more on the training crops, 15 to 30 % on the validation crops (139 crops
 teach little that carries over); untrained, or always naming the largest class: about 14 %.
 Command: python tools/quickstart.py --tasks classification, or
