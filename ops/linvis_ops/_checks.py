@@ -74,7 +74,11 @@ def check_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_grid(op: str, tokens: int, hw: tuple[int, int]) -> None:
-    """Raise ValueError unless the tokens fill a (rows, columns) grid, or it and a class token."""
+    """Raise unless hw is (rows, columns) and the tokens fill this grid, or it and a class token."""
+    # sizes are torch.SymInt, which is no int, while a network is exported
+    whole = (int, torch.SymInt)
+    if not isinstance(hw, (tuple, list)) or not all(isinstance(number, whole) for number in hw):
+        raise TypeError(f'{op}: hw must be (rows, columns) of type int, got {hw!r}.')
     if len(hw) != 2 or hw[0] < 1 or hw[1] < 1:
         raise ValueError(f'{op}: hw must be (rows, columns), both at least 1, got {tuple(hw)}.')
     grid = hw[0] * hw[1]

@@ -27,7 +27,7 @@ def q_shift(x: Tensor, hw: tuple[int, int], *, backend: str = 'auto') -> Tensor:
 
     Raises:
         ValueError: If x is not (B, T, C) or hw does not match T.
-        TypeError: If x is not a floating-point tensor of a supported dtype.
+        TypeError: If x is not a floating-point tensor of a supported dtype, or hw not two ints.
         BackendUnavailableError: If the named backend cannot run these inputs; the message says why.
 
     Source:
