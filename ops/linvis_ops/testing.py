@@ -118,10 +118,13 @@ def poisoned_memory() -> Iterator[None]:
 
         return call
 
+    functions = {
+        torch: ('empty', 'empty_like', 'empty_permuted', 'empty_strided'),
+        torch.Tensor: ('new_empty', 'new_empty_strided'),
+    }
     with ExitStack() as stack:
-        for name in ('empty', 'empty_like', 'empty_strided'):
-            stack.enter_context(mock.patch.object(torch, name, poisoned(getattr(torch, name))))
-        stack.enter_context(
-            mock.patch.object(torch.Tensor, 'new_empty', poisoned(torch.Tensor.new_empty))
-        )
+        for owner, names in functions.items():
+            for name in names:
+                patch = mock.patch.object(owner, name, poisoned(getattr(owner, name)))
+                stack.enter_context(patch)
         yield
