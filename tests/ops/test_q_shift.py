@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from linvis_ops import q_shift
+from linvis_ops import BackendUnavailableError, q_shift
 from linvis_ops._triton import interpreting
 from linvis_ops.q_shift.op import q_shift as q_shift_op
 
@@ -41,6 +44,9 @@ def tokens(hw, channels, class_token, **kwargs):
     return torch.randn(2, hw[0] * hw[1] + class_token, channels, **kwargs)
 
 
+# Definition
+
+
 def test_definition_by_hand():
     # one row of three tokens: the first two quarters come from the left and from the right, the
     # others from outside
@@ -54,6 +60,9 @@ def test_definition_by_hand():
 def test_definition_equals_loop(hw, channels, class_token):
     x = tokens(hw, channels, class_token)
     assert torch.equal(q_shift(x, hw, backend='reference'), loop(x, hw))
+
+
+# Backends
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
@@ -76,11 +85,56 @@ def test_backend_and_its_gradient_equal_the_definition(
     torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=0)
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_float64_is_moved_as_it_is(device):
+    # by the plain backend on a GPU too, where the kernel does not take float64
+    x = tokens((5, 7), 13, 1, dtype=F64, device=device).requires_grad_()
+    y = q_shift(x, (5, 7))
+    assert torch.equal(y.detach(), loop(x.detach(), (5, 7)))
+    g = torch.randn_like(x)
+    expected = torch.autograd.grad(q_shift(x, (5, 7), backend='reference'), x, g)
+    assert torch.equal(*torch.autograd.grad(y, x, g), *expected)
+
+
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_non_contiguous_input(backend, device):
     x = torch.randn(2, 8, 12, device=device).transpose(1, 2)
     y = q_shift(x, (3, 4), backend=backend)
     torch.testing.assert_close(y, q_shift(x.contiguous(), (3, 4), backend='reference'))
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    channels=st.integers(1, 17),
+    class_token=st.integers(0, 1),
+)
+def test_plain_backend_equals_the_loop_and_its_gradient_is_the_adjoint(
+    rows, columns, channels, class_token
+):
+    x = tokens((rows, columns), channels, class_token, dtype=F64).requires_grad_()
+    y = q_shift(x, (rows, columns), backend='torch')
+    assert torch.equal(y, loop(x.detach(), (rows, columns)))
+    # the shift is linear: <g, S x> = <S^T g, x>
+    g = torch.randn_like(y)
+    (adjoint,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close((g * y).sum(), (adjoint * x).sum())
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_repeated_runs_are_bit_identical(backend, device):
+    x = tokens((7, 9), 37, 1, device=device).requires_grad_()
+    g = torch.randn_like(x)
+    runs = []
+    for _ in range(2):
+        y = q_shift(x, (7, 9), backend=backend)
+        runs.append((y, *torch.autograd.grad(y, x, g)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+# Registration
 
 
 def test_gradcheck_and_second_derivative():
@@ -90,9 +144,13 @@ def test_gradcheck_and_second_derivative():
 
 
 @pytest.mark.parametrize('adjoint', [False, True])
-def test_opcheck(adjoint):
-    x = torch.randn(2, 8, 12).transpose(1, 2).requires_grad_()
-    torch.library.opcheck(q_shift_op, (x, 3, 4, adjoint, 'torch'))
+@pytest.mark.parametrize(
+    ('backend', 'device'),
+    [('torch', 'cpu'), pytest.param('triton', 'cuda', marks=pytest.mark.gpu)],
+)
+def test_opcheck(backend, device, adjoint):
+    x = torch.randn(2, 8, 12, device=device).transpose(1, 2).requires_grad_()
+    torch.library.opcheck(q_shift_op, (x, 3, 4, adjoint, backend))
 
 
 def test_compiles_without_graph_breaks_and_without_recompiling_for_a_new_size():
@@ -110,6 +168,39 @@ def test_compiles_without_graph_breaks_and_without_recompiling_for_a_new_size():
             y.sum().backward()
 
 
+@pytest.mark.parametrize('class_token', [0, 1])
+def test_exports_with_a_dynamic_grid(class_token):
+    class Layer(torch.nn.Module):
+        def forward(self, grid):
+            x = torch.cat([grid.flatten(1, 2), grid[:, 0, :class_token]], 1)
+            return q_shift(x, tuple(grid.shape[1:3]))
+
+    sizes = {n: torch.export.Dim(name, min=2, max=64) for n, name in ((1, 'rows'), (2, 'columns'))}
+    program = torch.export.export(Layer(), (torch.randn(2, 3, 4, 8),), dynamic_shapes=(sizes,))
+    other = torch.randn(2, 5, 6, 8)
+    assert torch.equal(program.module()(other), Layer()(other))
+
+
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+def test_autocast_does_not_touch_the_tokens(backend):
+    x = tokens((3, 4), 8, 1)
+    expected = q_shift(x, (3, 4), backend=backend)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = q_shift(x, (3, 4), backend=backend)
+    assert torch.equal(y, expected)
+
+
+def test_no_operations_are_counted_for_moving_data():
+    x = tokens((3, 4), 8, 0).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        q_shift(x, (3, 4)).sum().backward()
+    # an entry: the operator has a formula, and is not merely unknown to the counter
+    assert counter.get_flop_counts()['Global'] == {torch.ops.linvis.q_shift: 0}
+
+
+# Bad input
+
+
 @pytest.mark.parametrize(
     ('x', 'hw', 'error', 'message'),
     [
@@ -118,8 +209,30 @@ def test_compiles_without_graph_breaks_and_without_recompiling_for_a_new_size():
         (torch.zeros(2, 12, 4), (0, 4), ValueError, r'hw must be \(rows, columns\)'),
         (torch.zeros(2, 12, 4).long(), (3, 4), TypeError, r'got torch.int64'),
         ([1.0], (3, 4), TypeError, r'x must be a tensor, got list'),
+        (torch.zeros(2, 12, 4), (3, 4, 1), ValueError, r'hw must be .*, got \(3, 4, 1\)'),
+        (torch.zeros(2, 4, 4), 4, TypeError, r'hw must be \(rows, columns\) of type int, got 4\.'),
+        (torch.zeros(2, 4, 4), (2.0, 2.0), TypeError, r'of type int, got \(2\.0, 2\.0\)'),
+        (torch.zeros(2, 4, 4), ('2', '2'), TypeError, r"of type int, got \('2', '2'\)"),
+        (torch.zeros(2, 4, 4), None, TypeError, r'of type int, got None'),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(x, hw, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         q_shift(x, hw)
+    assert '\n' not in str(caught.value)
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(
+        BackendUnavailableError,
+        match="no backend 'tritn'; choose one of auto, triton, torch, reference",
+    ):
+        q_shift(tokens((1, 2), 4, 0), (1, 2), backend='tritn')
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason='Triton can run here')
+def test_unavailable_backend_says_why():
+    with pytest.raises(
+        BackendUnavailableError, match='triton cannot run, since there is no CUDA device'
+    ):
+        q_shift(tokens((1, 2), 4, 0), (1, 2), backend='triton')
