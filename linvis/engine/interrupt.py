@@ -18,6 +18,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from linvis.engine.loops import PROGRESS_KEY
 from linvis.registry import HOOKS
@@ -227,7 +228,9 @@ def _start_worker(ending: Any, init: Callable[[int], None] | None, worker_id: in
 
 
 def _ignore_once(ending: Any, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    # The next one comes from the main process, which ends workers that hang.
-    signal.signal(number, signal.SIG_DFL)
     if ending.value:
-        os.kill(os.getpid(), number)
+        # The main process takes a worker that a signal ended for one that failed.
+        os._exit(0)
+    # The next one comes from the main process, which ends workers that hang: PyTorch's handler
+    # tells that sender from others, and then exits with 0.
+    signal_handling._set_worker_signal_handlers()
