@@ -18,7 +18,6 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
 
 from linvis.engine.loops import PROGRESS_KEY
 from linvis.registry import HOOKS
@@ -233,4 +232,4 @@ def _ignore_once(ending: Any, number: int, frame: FrameType | None) -> None:  # 
         os._exit(0)
     # The next one comes from the main process, which ends workers that hang: PyTorch's handler
     # tells that sender from others, and then exits with 0.
-    signal_handling._set_worker_signal_handlers()
+    torch._C._set_worker_signal_handlers()
