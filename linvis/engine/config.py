@@ -139,9 +139,15 @@ def make_resumable(cfg: Config) -> None:
         cfg.custom_hooks = [*hooks, {'type': 'linvis.InterruptCheckpointHook'}]
 
 
-def require_matching_checkpoint(cfg: Config, path: str, *, resume: bool = False) -> None:
-    """Has a checkpoint compared with the model before its weights are used."""
-    hook = {'type': 'linvis.CheckpointMatchHook', 'path': path, 'resume': resume}
+def require_matching_checkpoint(cfg: Config, path: str, purpose: str) -> None:
+    """Has a checkpoint compared with the model before its weights are used.
+
+    Args:
+        cfg: Config that gets the hook.
+        path: Name of the checkpoint, for messages.
+        purpose: 'test', 'resume' or 'start', see `CheckpointMatchHook`.
+    """
+    hook = {'type': 'linvis.CheckpointMatchHook', 'path': path, 'purpose': purpose}
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
 

@@ -48,6 +48,8 @@ def train(args: argparse.Namespace) -> None:
     if args.auto_scale_lr:
         configs.enable_lr_scaling(cfg, args.config)
     _resume(cfg, args.resume)
+    if cfg.get('load_from') and not cfg.get('resume'):
+        configs.require_matching_checkpoint(cfg, cfg.load_from, 'start')
     configs.make_resumable(cfg)
     _check_data(cfg, ('train_dataloader', 'val_dataloader'))
     _start(cfg, placement).train()
@@ -68,7 +70,7 @@ def test(args: argparse.Namespace) -> None:
     if not untrained:
         _check_exists(args.checkpoint)
         cfg.load_from = args.checkpoint
-        configs.require_matching_checkpoint(cfg, args.checkpoint)
+        configs.require_matching_checkpoint(cfg, args.checkpoint, 'test')
     if args.show_dir is not None:
         _draw_into(cfg, args.show_dir)
     out = Path(args.out) if args.out is not None else None
@@ -154,7 +156,7 @@ def _resume(cfg: Config, resume: str | None) -> None:
     _check_exists(path)
     cfg.resume = True
     cfg.load_from = path
-    configs.require_matching_checkpoint(cfg, path, resume=True)
+    configs.require_matching_checkpoint(cfg, path, 'resume')
 
 
 def _latest_checkpoint(work_dir: str) -> str | None:

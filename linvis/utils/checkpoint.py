@@ -9,7 +9,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -114,20 +114,30 @@ def find_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def check_fits(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = '') -> None:
     """Tell a checkpoint of another architecture by its names and shapes.
 
+    Tensors may be missing, as new ones of a model keep their initial values, and may lie beside
+    what the module has, as another head or averaged weights do.
+
     Args:
         module: Module that is to take the weights.
         state_dict: Weights; entries outside prefix are ignored.
         prefix: Prefix of the module's names in state_dict.
 
     Raises:
-        CheckpointError: If a tensor has another shape, or less than half of the module's tensors
-            are there.
+        CheckpointError: If a tensor has another shape, if less than half of the module's tensors
+            or only some layers of a list are there, or if there are further tensors under prefix
+            or, without prefix, in a child of the module.
     """
     own = {f'{prefix}{name}': tensor for name, tensor in _tensors_of(module).items()}
     given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     missing = sum(name not in given for name in own)
     reshaped = any(name in given and _reshaped(name, given[name], own[name]) for name in own)
-    if reshaped or 2 * missing > len(own):
+    children = {name for name, _ in module.named_children()}
+    surplus = any(
+        name not in own and (prefix or name.partition('.')[0] in children)
+        for name, value in given.items()
+        if torch.is_tensor(value)
+    )
+    if reshaped or surplus or 2 * missing > len(own) or _lacks_layers(own, given):
         raise _does_not_fit(module, given, own)
 
 
@@ -342,6 +352,19 @@ def _reshaped(name: str, given: Tensor, own: Tensor) -> bool:
     if name.endswith('pos_embed') and given.ndim == own.ndim == 3:
         return given.shape[2] != own.shape[2]
     return given.shape != own.shape
+
+
+def _lacks_layers(own: Iterable[str], given: Iterable[str]) -> bool:
+    """Whether a list of layers is there in part only."""
+    there = _numbered(given)
+    lists = {name for name, _ in there}
+    return any(name in lists for name, _ in _numbered(own) - there)
+
+
+def _numbered(names: Iterable[str]) -> set[tuple[str, str]]:
+    """The outermost lists that names of tensors are in, each with the number in the list."""
+    matches = (re.match(r'(|.*?\.)(\d+)\.', name) for name in names)
+    return {(match.group(1), match.group(2)) for match in matches if match}
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -300,7 +300,36 @@ def test_checkpoint_without_a_weight_is_refused(run_test, sentence, checkpoint):
     assert 'use the config it was trained with' in text
 
 
-def test_checkpoint_with_more_weights_is_told(run_test, checkpoint, capsys):
+def test_checkpoint_with_more_layers_is_refused(run_test, sentence, checkpoint):
+    checkpoint['backbone.layers.6.weight'] = torch.ones(1)
+    torch.save({'state_dict': checkpoint}, 'toy.pth')
+    assert run_test('toy.pth') == 1
+    text = sentence()
+    assert 'toy.pth: The checkpoint does not fit this ToyModel' in text
+    assert '1 are unknown here (backbone.layers.6.weight)' in text
+
+
+def test_training_from_weights_of_another_model_is_refused(run_train, sentence):
+    torch.save({'state_dict': {'conv1.weight': torch.zeros(64, 3, 7, 7)}}, 'other.pth')
+    assert run_train('--cfg-options', 'load_from=other.pth') == 1
+    text = sentence()
+    assert 'other.pth: The checkpoint does not fit this Linear: 2 of 2 tensors are missing' in text
+    assert not list(Path('work_dirs').glob('*/epoch_*.pth'))
+
+
+def test_training_from_a_backbone_leaves_a_new_head_at_random(run_train, checkpoint):
+    checkpoint['backbone.weight'] = torch.full((8, 4), 0.5)
+    checkpoint['head.weight'] = torch.ones(10, 8)
+    checkpoint['head.bias'] = torch.zeros(10)
+    torch.save({'state_dict': {f'module.{k}': v for k, v in checkpoint.items()}}, 'toy.pth')
+    options = ['load_from=toy.pth', 'train_cfg.max_epochs=1', 'optim_wrapper.optimizer.lr=0.0']
+    assert run_train('--cfg-options', *options) == 0
+    trained = torch.load('work_dirs/config/epoch_1.pth', weights_only=False)['state_dict']
+    torch.testing.assert_close(trained['backbone.weight'], torch.full((8, 4), 0.5))
+    assert trained['head.weight'].shape == (1, 8)
+
+
+def test_weights_beside_the_model_are_told(run_test, checkpoint, capsys):
     checkpoint['auxiliary.weight'] = torch.ones(1)
     torch.save({'state_dict': checkpoint}, 'toy.pth')
     assert run_test('toy.pth') == 0

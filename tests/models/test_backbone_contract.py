@@ -248,6 +248,26 @@ def test_state_dict_of_another_architecture_is_refused_even_if_not_strict():
         backbone.load_state_dict({'conv1.weight': torch.zeros(1)}, strict=False)
 
 
+@pytest.mark.parametrize(
+    ('theirs', 'ours', 'expected'),
+    [
+        ({'depth': 6}, {'depth': 3}, r'are unknown here \(layers\.3\.'),
+        ({'depth': 4}, {'depth': 6}, r'tensors are missing \(layers\.4\.'),
+        ({'depth': 2, 'key_norm': True}, {'depth': 2}, r'are unknown here \(layers\.0\.att\.key_n'),
+        ({'depth': 2, 'layer_scale_init': 1.0}, {'depth': 2}, r'here \(layers\.0\.gamma1'),
+    ],
+    ids=['deeper', 'shallower', 'key norm', 'layer scale'],
+)
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_state_dict_with_other_layers_is_refused_even_if_not_strict(theirs, ours, expected, prefix):
+    given = VRWKV({'embed_dims': 8, **theirs}, img_size=32).state_dict()
+    given = {f'{prefix}{name}': value for name, value in given.items()}
+    backbone = VRWKV({'embed_dims': 8, **ours}, img_size=32)
+    model = torch.nn.ModuleDict({'backbone': backbone}) if prefix else backbone
+    with pytest.raises(CheckpointError, match=expected.replace('layers', f'{prefix}layers')):
+        model.load_state_dict(given, strict=False)
+
+
 @backbones
 def test_layer_depth_grows_from_the_input_to_the_output(build):
     backbone = build()
