@@ -7,12 +7,16 @@ inside, with a message that does not say what to do.
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 PICTURE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 COCO_KEYS = ('images', 'annotations', 'categories')
+IMAGE_KEYS = frozenset({'id', 'file_name', 'width', 'height'})
+# What boxes need; masks need 'segmentation' as well.
+BOX_KEYS = frozenset({'id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'})
 # A larger annotation file (COCO's training split: 450 MB) is searched, not parsed: parsing takes
 # many seconds and the dataset class does it again.
 PARSE_LIMIT = 64 * 2**20
@@ -56,6 +60,24 @@ def check_dataset_cfg(cfg: Mapping[str, Any]) -> None:
     check = _CHECKS.get(name)
     if check is not None:
         check(name, cfg)
+
+
+def check_evaluator_cfg(cfg: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+    """Check the annotation files that metrics read themselves.
+
+    Args:
+        cfg: The config of a metric or several, as in `test_evaluator`.
+
+    Raises:
+        DatasetError: With one sentence that names the path, what is wrong, and the remedy.
+    """
+    for metric in (cfg,) if isinstance(cfg, Mapping) else cfg:
+        path = metric.get('ann_file') if isinstance(metric, Mapping) else None
+        if not isinstance(path, str) or not _is_local(path):
+            continue
+        _need_file(Path(path), f'annotation file of the metric {_type_name(metric)}')
+        if _type_name(metric) == 'CocoMetric':
+            _read_checked_instances(Path(path), BOX_KEYS)
 
 
 def read_instances(path: str | Path) -> dict[str, Any]:
@@ -203,8 +225,8 @@ def _check_coco(name: str, cfg: Mapping[str, Any]) -> None:
     path, folder = _join(cfg, cfg['ann_file']), _join(cfg, _prefix(cfg, 'img'))
     if path is not None:
         _need_file(path, 'annotation file')
-        large = path.stat().st_size > PARSE_LIMIT
-        content = _scan_instances(path) if large else read_instances(path)
+        masks = _loads_masks(cfg.get('pipeline') or ())
+        content = _read_checked_instances(path, BOX_KEYS | ({'segmentation'} if masks else set()))
         known = {entry.get('name') for entry in content['categories']}
         absent = [label for label in _classes(cfg) or () if label not in known]
         if absent:
@@ -216,14 +238,34 @@ def _check_coco(name: str, cfg: Mapping[str, Any]) -> None:
         return
     _need_pictures(folder, PICTURE_SUFFIXES, 'pictures')
     for image in content['images'][:1] if path is not None else ():
-        if not (folder / image.get('file_name', '')).is_file():
+        if not (folder / image['file_name']).is_file():
             raise DatasetError(
-                f'{path} lists {image.get("file_name")!r}, which is not in {folder}; {REMEDY}.'
+                f'{path} lists {image["file_name"]!r}, which is not in {folder}; {REMEDY}.'
             )
 
 
+def _loads_masks(pipeline: Iterable[Any]) -> bool:
+    """Whether a step of a pipeline, or of a guard in it, loads masks."""
+    steps = [step for step in pipeline if isinstance(step, Mapping)]
+    return any(
+        step.get('with_mask') or _loads_masks(step.get('transforms') or ()) for step in steps
+    )
+
+
+def _read_checked_instances(path: Path, annotation_keys: Set[str]) -> dict[str, Any]:
+    """Read an annotation file, of a large one the beginnings of its lists, and check the keys."""
+    large = path.stat().st_size > PARSE_LIMIT
+    content = _scan_instances(path) if large else read_instances(path)
+    for what, keys in (('images', IMAGE_KEYS), ('annotations', annotation_keys)):
+        for number, entry in enumerate(content[what]):
+            absent = sorted(keys - entry.keys()) if isinstance(entry, dict) else sorted(keys)
+            if absent:
+                raise DatasetError(f'{path}: {what}[{number}] lacks {absent}; {REMEDY}.')
+    return content
+
+
 def _scan_instances(path: Path) -> dict[str, Any]:
-    """Find the keys of a large annotation file; parse its categories only."""
+    """Find the keys of a large annotation file; parse its categories and two first entries."""
     with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:64].lstrip()[:1] != b'{' or data[-64:].rstrip()[-1:] != b'}':
             raise DatasetError(f'{path} is not a whole JSON file; download it again.')
@@ -233,13 +275,30 @@ def _scan_instances(path: Path) -> dict[str, Any]:
         # The key, not a string of this value: followed by a colon and a list.
         start = data.find(b'[', data.rfind(b'"categories"'))
         text = data[start : start + 2**20].decode('utf-8', errors='replace')
+        firsts = {key: _first_entry(path, data, key) for key in ('images', 'annotations')}
     try:
         categories, _ = json.JSONDecoder().raw_decode(text)
     except ValueError as error:
         raise DatasetError(
             f'{path}: its categories are not valid JSON ({error}); download it again.'
         ) from None
-    return {'images': [], 'annotations': [], 'categories': categories}
+    return {**firsts, 'categories': categories}
+
+
+def _first_entry(path: Path, data: mmap.mmap, key: str) -> list[Any]:
+    """Parse the first entry of a list in a large annotation file; none of an empty list."""
+    found = re.search(rb'"%s"\s*:\s*\[\s*' % key.encode(), data)
+    if found is None:
+        raise DatasetError(f'{path}: {key} is not a list; {REMEDY}.')
+    text = data[found.end() : found.end() + 2**20].decode('utf-8', errors='replace')
+    if text.startswith(']'):
+        return []
+    try:
+        return [json.JSONDecoder().raw_decode(text)[0]]
+    except ValueError as error:
+        raise DatasetError(
+            f'{path}: the first of its {key} is not valid JSON ({error}); download it again.'
+        ) from None
 
 
 def _check_segmentation(name: str, cfg: Mapping[str, Any]) -> None:

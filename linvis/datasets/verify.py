@@ -9,7 +9,13 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from linvis.datasets.checks import PICTURE_SUFFIXES, DatasetError, read_instances
+from linvis.datasets.checks import (
+    BOX_KEYS,
+    IMAGE_KEYS,
+    PICTURE_SUFFIXES,
+    DatasetError,
+    read_instances,
+)
 from linvis.datasets.integrity import find_label_fault, find_picture_fault
 
 NUM_CLASSES = 1000
@@ -17,8 +23,7 @@ IMAGENET_COUNTS = {'train': 1_281_167, 'val': 50_000}
 COCO_COUNTS = {'train2017': 118_287, 'val2017': 5_000}
 ADE_COUNTS = {'training': 20_210, 'validation': 2_000}
 ADE_MAX_LABEL = 150
-IMAGE_KEYS = {'id', 'file_name', 'width', 'height'}
-ANNOTATION_KEYS = {'id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'segmentation'}
+ANNOTATION_KEYS = BOX_KEYS | {'segmentation'}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from linvis import compat
-from linvis.datasets.checks import check_dataset_cfg
+from linvis.datasets.checks import check_dataset_cfg, check_evaluator_cfg
 from linvis.engine import config as configs
 from linvis.engine.devices import Placement, join_processes, resolve_placement
 from linvis.engine.errors import LaunchError
@@ -51,7 +51,7 @@ def train(args: argparse.Namespace) -> None:
     if cfg.get('load_from') and not cfg.get('resume'):
         configs.require_matching_checkpoint(cfg, cfg.load_from, 'start')
     configs.make_resumable(cfg)
-    _check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    _check_data(cfg, 'train', 'val')
     _start(cfg, placement).train()
 
 
@@ -80,7 +80,7 @@ def test(args: argparse.Namespace) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix != '.json':
             _add_dumper(cfg, out)
-    _check_data(cfg, ('test_dataloader',))
+    _check_data(cfg, 'test')
     runner = _start(cfg, placement)
     if untrained:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -122,11 +122,15 @@ def _start(cfg: Config, placement: Placement) -> Runner:
     return TaskRunner.from_cfg(cfg)
 
 
-def _check_data(cfg: Config, names: tuple[str, ...]) -> None:
-    for name in names:
-        loader = cfg.get(name)
+def _check_data(cfg: Config, *parts: str) -> None:
+    """Checks the files that the dataset and the metrics of 'train', 'val' or 'test' name."""
+    for part in parts:
+        loader = cfg.get(f'{part}_dataloader')
         if loader is not None and isinstance(loader.get('dataset'), dict):
             check_dataset_cfg(loader.dataset)
+        evaluator = cfg.get(f'{part}_evaluator')
+        if isinstance(evaluator, (dict, list, tuple)):
+            check_evaluator_cfg(evaluator)
 
 
 def _check_exists(checkpoint: str) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from linvis.datasets import DatasetError, check_dataset_cfg, checks
+from linvis.datasets import DatasetError, check_dataset_cfg, check_evaluator_cfg, checks
 
 MINI = Path(__file__).parents[2] / 'data' / 'mini'
 CONTENT = {
@@ -186,6 +186,72 @@ def test_annotation_file_must_have_its_keys(coco, tmp_path, monkeypatch, text, p
 def test_annotation_file_must_not_be_without_content(coco, tmp_path, key):
     (tmp_path / 'instances.json').write_text(json.dumps({**CONTENT, key: []}))
     fails(coco, f'has no {key}')
+
+
+def box(*absent: str) -> dict:
+    whole = {'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 4, 4], 'area': 16}
+    whole |= {'iscrowd': 0, 'segmentation': [[0, 0, 4, 0, 4, 4]]}
+    return {key: value for key, value in whole.items() if key not in absent}
+
+
+@pytest.mark.parametrize('limit', [2**26, 0], ids=['parsed', 'searched'])
+@pytest.mark.parametrize(
+    ('key', 'entry', 'part'),
+    [
+        ('images', {'id': 1, 'file_name': 'a.jpg'}, "images[0] lacks ['height', 'width']"),
+        ('annotations', box('bbox'), "annotations[0] lacks ['bbox']"),
+        ('annotations', box('area', 'id'), "annotations[0] lacks ['area', 'id']"),
+        ('annotations', 3, "annotations[0] lacks ['area', 'bbox', "),
+    ],
+)
+def test_entries_of_an_annotation_file_must_have_their_keys(
+    coco, tmp_path, monkeypatch, key, entry, part, limit
+):
+    monkeypatch.setattr(checks, 'PARSE_LIMIT', limit)
+    (tmp_path / 'instances.json').write_text(json.dumps({**CONTENT, key: [entry]}))
+    fails(coco, part, 'instances.json')
+    (tmp_path / 'instances.json').write_text(json.dumps({**CONTENT, 'annotations': [box()]}))
+    check_dataset_cfg(coco)
+
+
+def test_every_entry_of_a_small_annotation_file_is_checked(coco, tmp_path):
+    content = {**CONTENT, 'annotations': [box(), box('image_id')]}
+    (tmp_path / 'instances.json').write_text(json.dumps(content))
+    fails(coco, "annotations[1] lacks ['image_id']")
+
+
+@pytest.mark.parametrize('limit', [2**26, 0], ids=['parsed', 'searched'])
+def test_masks_are_needed_only_where_they_are_loaded(coco, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(checks, 'PARSE_LIMIT', limit)
+    content = {**CONTENT, 'annotations': [box('segmentation')]}
+    (tmp_path / 'instances.json').write_text(json.dumps(content))
+    load = {'type': 'LoadAnnotations', 'with_bbox': True}
+    check_dataset_cfg({**coco, 'pipeline': [load]})
+    load['with_mask'] = True
+    fails({**coco, 'pipeline': [load]}, "lacks ['segmentation']")
+    guard = {'type': 'linvis.LoadGuard', 'transforms': [load]}
+    fails({**coco, 'pipeline': [guard]}, "lacks ['segmentation']")
+
+
+def test_searched_file_must_hold_valid_lists(coco, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, 'PARSE_LIMIT', 0)
+    path = tmp_path / 'instances.json'
+    path.write_text('{"images": {}, "annotations": [], "categories": []}')
+    fails(coco, 'images is not a list')
+    path.write_text('{"images": [{]}, "annotations": [], "categories": []}')
+    fails(coco, 'the first of its images is not valid JSON')
+
+
+def test_annotation_file_of_a_metric_is_checked(coco, tmp_path):
+    path = tmp_path / 'instances.json'
+    metric = {'type': 'mmdet.CocoMetric', 'ann_file': str(path)}
+    check_evaluator_cfg(metric)
+    check_evaluator_cfg([{'type': 'Accuracy'}, {**metric, 'ann_file': 's3://a.json'}])
+    path.write_text(json.dumps({**CONTENT, 'annotations': [box('iscrowd')]}))
+    with pytest.raises(DatasetError, match=r"annotations\[0\] lacks \['iscrowd'\]"):
+        check_evaluator_cfg([metric])
+    with pytest.raises(DatasetError, match=r'of the metric CocoMetric /nope\.json does not exist'):
+        check_evaluator_cfg({**metric, 'ann_file': '/nope.json'})
 
 
 @pytest.mark.parametrize('limit', [2**26, 0], ids=['parsed', 'searched'])

@@ -144,6 +144,13 @@ def test_annotation_without_keys_is_named(run_train, sentence):
     assert "lacks ['annotations', 'categories']" in sentence()
 
 
+def test_missing_annotation_file_of_a_metric_is_named(run_train, run_test, sentence, checkpoint):
+    assert run_train('--cfg-options', 'val_evaluator.ann_file=nope.json') == 1
+    assert 'annotation file of the metric ToyMetric nope.json does not exist' in sentence()
+    assert run_test('toy.pth', '--cfg-options', 'test_evaluator.ann_file=nope.json') == 1
+    assert 'nope.json does not exist' in sentence()
+
+
 def test_amp_without_gpu_is_refused(run_train, sentence):
     assert run_train('--amp', '--device', 'cpu') == 1
     assert '--amp needs a GPU' in sentence()
