@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -276,10 +277,17 @@ def _read_torch_file(path: Path, map_location: str | torch.device) -> object:
             f'{path} is truncated after {path.stat().st_size} bytes; copy or download it again.'
         )
     try:
-        with torch.serialization.safe_globals(_data_types()):
+        with torch.serialization.safe_globals(_data_types()), warnings.catch_warnings():
+            # It asks to report what is no file of torch.save; the error below says that.
+            warnings.filterwarnings('ignore', 'Detected pickle protocol', UserWarning)
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r'GLOBAL (\S+)|function (.+)|got (<.+>)', str(error))
+        if refused is None and not is_zip:
+            raise CheckpointError(
+                f'{path} was refused because it is a Python pickle that cannot be read without '
+                'running what it contains; ask its author for a file of torch.save.'
+            ) from None
         if refused is None:
             raise CheckpointError(
                 f'{path} is no readable checkpoint ({_first_line(error)}); download it again.'

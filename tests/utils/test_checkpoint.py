@@ -119,11 +119,14 @@ def test_code_in_a_checkpoint_is_refused_by_name_and_never_runs(tmp_path, weight
     assert not canary.exists()
 
 
-@pytest.mark.filterwarnings('ignore:Detected pickle protocol 4')
-def test_plain_pickle_is_refused(tmp_path):
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('protocol', range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickle_is_refused(tmp_path, protocol):
     path, canary = tmp_path / 'evil.pkl', tmp_path / 'canary'
-    path.write_bytes(pickle.dumps(Touch(canary)))
-    error_of(path)
+    path.write_bytes(pickle.dumps({'state_dict': Touch(canary)}, protocol))
+    message = error_of(path)
+    assert 'was refused because it' in message
+    assert 'download' not in message
     assert not canary.exists()
 
 
