@@ -5,7 +5,8 @@ Hardware: 16 GPUs x 64 pictures; with fewer GPUs keep 1,024 pictures in all, or 
     rate with --auto-scale-lr.
 Duration: not measured here.
 Expected: 82.0 % top-1 (published); not measured here yet.
-Command: sbatch tools/slurm_train.sh configs/vrwkv/vrwkv-base_16xb64-300e_in1k.py
+Command: sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8
+    tools/slurm_train.sh configs/vrwkv/vrwkv-base_16xb64-300e_in1k.py
 """
 
 _base_ = './vrwkv-tiny_16xb64-300e_in1k.py'

@@ -68,8 +68,9 @@ def resolve_placement(
         The placement of this process.
 
     Raises:
-        LaunchError: If a GPU is asked for that is not there, or if the launcher did not start
-            this process.
+        LaunchError: If a GPU is asked for that is not there, if the launcher did not start this
+            process, or if Slurm gave it no GPU and the device is 'auto'. A job without GPUs is
+            mostly one that did not ask for them, and would train for days on a CPU.
     """
     environ = os.environ if environ is None else environ
     match = re.fullmatch(r'auto|cpu|cuda(?::(\d+))?', device)
@@ -99,6 +100,11 @@ def resolve_placement(
             'its GPU: use --device cuda.'
         )
     rank, world_size, local_rank, local_size = _ranks(launcher, environ)
+    if launcher == 'slurm' and kind == 'cpu' and device != 'cpu':
+        raise LaunchError(
+            f'--launcher slurm: PyTorch {torch.__version__} finds no usable GPU in this task; ask '
+            'for them, e.g. sbatch --gpus-per-node=8 --ntasks-per-node=8, or use --device cpu.'
+        )
     if kind == 'cuda' and max(local_rank + 1, local_size) > count:
         raise LaunchError(
             f'The {launcher} launcher starts {max(local_rank + 1, local_size)} processes on a '

@@ -222,6 +222,14 @@ def test_slurm_variables_give_the_placement():
     assert placement.backend == 'gloo'
 
 
+def test_slurm_task_without_gpu_is_refused_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    environ = {'SLURM_PROCID': '0', 'SLURM_NTASKS': '1', 'SLURM_LOCALID': '0'}
+    with pytest.raises(devices.LaunchError, match=r'--gpus-per-node=8 .* or use --device cpu'):
+        devices.resolve_placement('auto', 'slurm', environ)
+    assert devices.resolve_placement('cpu', 'slurm', environ).device == 'cpu'
+
+
 def test_lr_scaling_without_base_is_refused(run_train, sentence):
     assert run_train('--auto-scale-lr') == 1
     assert 'auto_scale_lr = dict(base_batch_size=N)' in sentence()
