@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 class PatchEmbed(nn.Module):
@@ -38,6 +39,7 @@ class PatchEmbed(nn.Module):
         height, width = images.shape[-2:]
         rows, cols = self.grid_of(height, width)
         bottom, right = rows * self.patch_size - height, cols * self.patch_size - width
-        if bottom or right:
+        # a symbolic size is always padded, by a number that may turn out to be zero
+        if not statically_known_true(bottom == 0) or not statically_known_true(right == 0):
             images = F.pad(images, (0, right, 0, bottom))
         return self.projection(images).flatten(2).transpose(1, 2), (rows, cols)

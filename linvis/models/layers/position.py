@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def resize_position_embedding(
@@ -29,7 +30,9 @@ def resize_position_embedding(
             f'A position embedding of {pos_embed.shape[1]} tokens is not a grid of '
             f'{source_hw[0]} x {source_hw[1]}; pass the grid it was trained with as source_hw.'
         )
-    if source_hw == target_hw:
+    # A grid that is symbolic, in an export or compilation for all sizes, is always resampled: `==`
+    # would tie the program to the answer. Bicubic resampling to the same grid changes no bit.
+    if all(statically_known_true(s == t) for s, t in zip(source_hw, target_hw, strict=True)):
         return pos_embed
     grid = pos_embed.transpose(1, 2).unflatten(2, source_hw)  # (1, C, rows, columns)
     grid = F.interpolate(grid, size=target_hw, mode='bicubic', align_corners=False)
