@@ -16,11 +16,12 @@ DEPTH = 3
 
 
 class Published(NamedTuple):
-    """What a paper prints for an arch: parameters of the backbone, 10^9 MACs at 224 pixels."""
+    """What a paper prints for an arch: parameters of the backbone, 10^9 MACs at so many pixels."""
 
     build: Callable[[], TokenBackbone]
     parameters: int
     gmacs: float
+    pixels: int = 224
 
 
 def vrwkv(arch: str) -> Callable[..., TokenBackbone]:
@@ -37,10 +38,11 @@ PUBLISHED = {
     'vrwkv-small': Published(lambda: VRWKV('small'), 23_820_136 - 385_000, 4.6),
     'vrwkv-base': Published(lambda: VRWKV('base'), 93_645_544 - 769_000, 18.2),
     'vrwkv-large': Published(
-        # at 192 pixels, which the published count is of
+        # the positions of 192 pixels, which the published parameters are of
         lambda: VRWKV('large', img_size=192),
         334_881_768 - (1025 * 3072 + 3073 * 1000),
-        None,
+        189.5,
+        pixels=384,
     ),
 }
 
@@ -301,12 +303,13 @@ def test_parameters_are_those_of_the_paper(arch):
     assert sum(p.numel() for p in backbone.parameters()) == PUBLISHED[arch].parameters
 
 
-@pytest.mark.parametrize('arch', [name for name, row in PUBLISHED.items() if row.gmacs])
+@pytest.mark.parametrize('arch', PUBLISHED)
 def test_macs_are_those_of_the_paper(arch):
+    published = PUBLISHED[arch]
     with torch.device('meta'):
-        backbone = PUBLISHED[arch].build()
-    macs = sum(measure(backbone, 224, 224).macs.values())
-    assert round(macs / 1e9, 1) == PUBLISHED[arch].gmacs
+        backbone = published.build()
+    macs = sum(measure(backbone, published.pixels, published.pixels).macs.values())
+    assert round(macs / 1e9, 1) == published.gmacs
 
 
 @pytest.mark.parametrize('arch', ['vrwkv-tiny', 'vrwkv-large'])
@@ -317,3 +320,36 @@ def test_compiles_without_graph_breaks(arch):
     torch.testing.assert_close(compiled(images), backbone(images))
     loss_of(compiled(images)).backward()
     assert backbone.pos_embed.grad.any()
+
+
+def test_compiles_once_for_all_sizes():
+    torch._dynamo.reset()  # what other tests have compiled counts too
+    backbone: Any = randomised(BACKBONES['vrwkv-large'](img_size=64))
+    compiled = torch.compile(backbone, backend='aot_eager', fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((70, 50), (64, 64), (33, 47), (80, 96)):
+            images = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(images), backbone(images))
+
+
+@pytest.mark.parametrize(
+    ('arch', 'traced_size'), [('vrwkv-tiny', (64, 64)), ('vrwkv-large', (70, 50))]
+)
+def test_exports_with_dynamic_height_and_width(arch, traced_size):
+    # the picture for which the positions are learnt, and one that needs padding and resampling
+    backbone = randomised(BACKBONES[arch](img_size=64)).eval()
+    sizes = {n: torch.export.Dim(name, min=17, max=1024) for n, name in ((2, 'h'), (3, 'w'))}
+    program = torch.export.export(
+        backbone, (torch.randn(2, 3, *traced_size),), dynamic_shapes=(sizes,)
+    )
+    for size in ((64, 64), (33, 47), (96, 160)):
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(program.module()(images), backbone(images))
+
+
+@pytest.mark.parametrize('grid', [(1, 1), (4, 4), (14, 14), (7, 13)], ids=str)
+def test_resampling_to_the_same_grid_changes_no_bit(grid):
+    # programs for all sizes always resample
+    positions = torch.randn(1, 8, *grid)
+    same = F.interpolate(positions, size=grid, mode='bicubic', align_corners=False)
+    assert torch.equal(same, positions)

@@ -5,8 +5,9 @@
 
 Convention: one multiply-accumulate (MAC) counts once, as in most papers, where it is called a FLOP;
 PyTorch's counter counts two operations, so its numbers are halved. Counted are convolutions,
-matrix products and the operators of this project by their formulas (Bi-WKV: 13 operations per token
-and channel in the forward pass); normalisation, activations and other pointwise work are not. The
+matrix products, the operators of this project by their formulas (Bi-WKV: 13 operations per token
+and channel in the forward pass), and LayerNorm with 5 for each element, which is the rule of fvcore
+and what brings VRWKV-L to its published number; activations and other pointwise work are not. The
 model is built without memory and run on shapes alone. MACs are those of backbone and neck for one
 picture; parameters are those of the whole model.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -27,12 +28,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from linvis import compat
 from linvis.models import VRWKV
 
+MACS_OF_LAYER_NORM = 5  # for each element
+
 
 class Complexity(NamedTuple):
     """Parameters by part of the model and multiply-accumulates by operator."""
 
     parameters: dict[str, int]
     macs: dict[str, float]
+
+
+def _layer_norm_flops(shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Formula for PyTorch's counter, which passes shapes in place of tensors: two for each MAC."""
+    return 2 * MACS_OF_LAYER_NORM * shape.numel()
 
 
 def measure(model: nn.Module, height: int, width: int) -> Complexity:
@@ -47,7 +55,8 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
     device = next(model.parameters()).device
     features = getattr(model, 'extract_feat', model)
     model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    formulas = {torch.ops.aten.native_layer_norm: _layer_norm_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
         features(torch.empty(1, 3, height, width, device=device))
     macs = {
         str(operator): operations / 2
