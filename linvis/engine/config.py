@@ -201,5 +201,5 @@ def _near_names(file: Path) -> str:
         for candidate in (root.rglob('*.py') if root.name == 'configs' else root.glob('*.py'))
     }
     by_name = {candidate.name: candidate for candidate in sorted(found)}
-    near = difflib.get_close_matches(file.with_suffix('.py').name, by_name, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(file.with_suffix('.py').name, by_name, n=3, cutoff=0.75)
     return f' Did you mean {" or ".join(str(by_name[name]) for name in near)}?' if near else ''

@@ -8,16 +8,18 @@ import torch.distributed
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from linvis import compat
 from linvis.datasets.checks import check_dataset_cfg, check_evaluator_cfg
 from linvis.engine import config as configs
+from linvis.engine.checkpoint_match import check_resumable
 from linvis.engine.devices import Placement, join_processes, resolve_placement
 from linvis.engine.errors import LaunchError
 from linvis.engine.runner import TaskRunner
-from linvis.utils.checkpoint import register_safe_loader
+from linvis.utils.checkpoint import load_checkpoint, register_safe_loader
 from linvis.utils.environment import startup_lines
 
 _VISUALIZATION_HOOKS = {
@@ -49,6 +51,7 @@ def train(args: argparse.Namespace) -> None:
         configs.enable_lr_scaling(cfg, args.config)
     _resume(cfg, args.resume)
     if cfg.get('load_from') and not cfg.get('resume'):
+        _check_checkpoint(cfg.load_from)
         configs.require_matching_checkpoint(cfg, cfg.load_from, 'start')
     configs.make_resumable(cfg)
     _check_data(cfg, 'train', 'val')
@@ -68,7 +71,7 @@ def test(args: argparse.Namespace) -> None:
     cfg, placement = _prepare(args, 'test')
     untrained = args.checkpoint == 'none'
     if not untrained:
-        _check_exists(args.checkpoint)
+        _check_checkpoint(args.checkpoint)
         cfg.load_from = args.checkpoint
         configs.require_matching_checkpoint(cfg, args.checkpoint, 'test')
     if args.show_dir is not None:
@@ -105,8 +108,6 @@ def _prepare(args: argparse.Namespace, kind: str) -> tuple[Config, Placement]:
     configs.set_work_dir(cfg, args.work_dir, args.config)
     cfg.launcher = args.launcher
     placement = resolve_placement(args.device, args.launcher)
-    if cfg.get('load_from') and kind == 'train':
-        _check_exists(cfg.load_from)
     return cfg, placement
 
 
@@ -118,7 +119,7 @@ def _start(cfg: Config, placement: Placement) -> Runner:
         text = f'{placement.device}, {placement.world_size} process(es)'
         if placement.launcher != 'none':
             text += f' of launcher {placement.launcher} over {placement.backend}'
-        print('\n'.join(startup_lines(text)), flush=True)  # noqa: T201
+        print_log('\n'.join(startup_lines(text)))
     return TaskRunner.from_cfg(cfg)
 
 
@@ -133,14 +134,29 @@ def _check_data(cfg: Config, *parts: str) -> None:
             check_evaluator_cfg(evaluator)
 
 
-def _check_exists(checkpoint: str) -> None:
-    path = Path(checkpoint)
-    if '://' in checkpoint or path.is_file():
+def _check_checkpoint(checkpoint: str, *, resume: bool = False) -> None:
+    """Reads a checkpoint once before the run writes anything, as it may be none.
+
+    What has to be downloaded is left to the runner, whose processes agree on who does it.
+    """
+    if '://' in checkpoint:
         return
-    near = sorted(path.parent.glob('*.pth')) if path.parent.is_dir() else []
-    hint = f' {path.parent} holds {", ".join(file.name for file in near[-3:])}.' if near else ''
-    problem = 'is a folder, not a file' if path.is_dir() else 'does not exist'
-    raise LaunchError(f'Checkpoint {checkpoint} {problem}.{hint}')
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise LaunchError(f'Checkpoint {checkpoint} {_why_no_checkpoint(path)}')
+    content = load_checkpoint(path)
+    if resume:
+        check_resumable(content, checkpoint)
+
+
+def _why_no_checkpoint(path: Path) -> str:
+    """Says what is wrong with a path, and which checkpoints lie there."""
+    folder = path if path.is_dir() else path.parent
+    near = sorted(folder.glob('*.pth'), key=lambda file: file.stat().st_mtime)[-3:]
+    names = ' or '.join(str(folder / file.name) for file in near)
+    if path.is_dir():
+        return f'is a folder: name a file in it{", such as " + names if near else ""}.'
+    return f'does not exist: {"did you mean " + names + "?" if near else "check the path."}'
 
 
 def _resume(cfg: Config, resume: str | None) -> None:
@@ -152,12 +168,10 @@ def _resume(cfg: Config, resume: str | None) -> None:
         named = cfg.get('load_from')
     path = named or _latest_checkpoint(cfg.work_dir)
     if path is None:
-        print(  # noqa: T201
-            f'Nothing to resume in {cfg.work_dir}: starting a new run.', flush=True
-        )
+        print_log(f'Nothing to resume in {cfg.work_dir}: starting a new run.')
         cfg.resume = False
         return
-    _check_exists(path)
+    _check_checkpoint(path, resume=True)
     cfg.resume = True
     cfg.load_from = path
     configs.require_matching_checkpoint(cfg, path, 'resume')

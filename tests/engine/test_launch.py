@@ -53,6 +53,13 @@ def test_missing_config_names_near_ones(run_train, sentence):
     assert 'does not exist. Did you mean configs/vrwkv/vrwkv-tiny_8xb128-300e_in1k.py?' in text
 
 
+def test_missing_config_names_no_unrelated_ones(run_train, sentence):
+    Path('configs/vrwkv').mkdir(parents=True)
+    Path('configs/vrwkv/vrwkv-tiny_16xb64-300e_in1k.py').touch()
+    assert run_train(config='configs/vrwkv/deit-tiny_16xb256_in1k.py') == 1
+    assert sentence().endswith('deit-tiny_16xb256_in1k.py does not exist.')
+
+
 def test_folder_as_config_is_refused(run_train, sentence, tmp_path):
     assert run_train(config=str(tmp_path)) == 1
     assert 'is a folder, not a file' in sentence()
@@ -260,7 +267,7 @@ def test_resume_finds_a_moved_folder(run_train):
 
 def test_resume_from_missing_file_is_refused(run_train, sentence):
     assert run_train('--resume', 'none.pth') == 1
-    assert 'Checkpoint none.pth does not exist' in sentence()
+    assert 'Checkpoint none.pth does not exist: check the path.' in sentence()
 
 
 def test_resume_from_weights_only_is_refused(run_train, sentence, checkpoint):
@@ -272,12 +279,34 @@ def test_resume_from_weights_only_is_refused(run_train, sentence, checkpoint):
 
 def test_load_from_missing_file_is_refused(run_train, sentence):
     assert run_train('--cfg-options', 'load_from=none.pth') == 1
-    assert 'Checkpoint none.pth does not exist' in sentence()
+    assert 'Checkpoint none.pth does not exist: check the path.' in sentence()
 
 
 def test_missing_checkpoint_names_its_neighbours(run_test, sentence, checkpoint):
     assert run_test('epoch_1.pth') == 1
-    assert 'does not exist. . holds toy.pth.' in sentence()
+    assert 'Checkpoint epoch_1.pth does not exist: did you mean toy.pth?' in sentence()
+
+
+def test_folder_as_checkpoint_names_the_files_in_it(run_test, sentence, checkpoint):
+    Path('run').mkdir()
+    assert run_test('run') == 1
+    assert 'Checkpoint run is a folder: name a file in it.' in sentence()
+    Path('toy.pth').rename('run/epoch_3.pth')
+    assert run_test('run') == 1
+    assert 'is a folder: name a file in it, such as run/epoch_3.pth.' in sentence()
+
+
+@pytest.mark.parametrize('kind', ['test', 'load_from', 'resume', 'resume weights'])
+def test_bad_checkpoint_is_refused_before_the_run_writes(run_train, run_test, kind, checkpoint):
+    Path('text.pth').write_text('<html>404</html>')
+    runs = {
+        'test': lambda: run_test('text.pth'),
+        'load_from': lambda: run_train('--cfg-options', 'load_from=text.pth'),
+        'resume': lambda: run_train('--resume', 'text.pth'),
+        'resume weights': lambda: run_train('--resume', 'toy.pth'),
+    }
+    assert runs[kind]() == 1
+    assert not Path('work_dirs').exists()
 
 
 def test_initial_weights_can_be_tested(run_test):
