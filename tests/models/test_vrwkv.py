@@ -219,3 +219,9 @@ def test_arch_is_a_known_name_or_a_complete_dict():
 def test_is_built_by_its_prefixed_name_from_any_scope():
     backbone = MODELS.build({'type': 'linvis.VRWKV', 'arch': {'embed_dims': 8, 'depth': 1}})
     assert isinstance(backbone, VRWKV)
+
+
+def test_unknown_backend_is_told_when_the_model_is_built():
+    with pytest.raises(ValueError, match=r"one of auto, .*reference, got 'cuda13'"):
+        VRWKV({'embed_dims': 8, 'depth': 1}, backend='cuda13')
+    assert VRWKV({'embed_dims': 8, 'depth': 1}, backend='torch').layers[0].att.backend == 'torch'

@@ -11,6 +11,7 @@ from linvis.models.layers.channel_mix import ChannelMix
 from linvis.models.layers.patch_embed import PatchEmbed
 from linvis.models.layers.spatial_mix import SpatialMix
 from linvis.registry import MODELS
+from linvis_ops import available_backends
 
 HIDDEN_RATE = 4
 REQUIRED_SETTINGS = ('embed_dims', 'depth')
@@ -53,7 +54,8 @@ class VRWKV(TokenBackbone):
         init_cfg: Initialisation of mmengine, usually of type 'Pretrained'.
 
     Raises:
-        ValueError: If arch is unknown or incomplete, or as for `TokenBackbone`.
+        ValueError: If arch is unknown or incomplete, if there is no such backend, or as for
+            `TokenBackbone`.
 
     Source:
         Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like Architectures,
@@ -90,6 +92,7 @@ class VRWKV(TokenBackbone):
         backend: str = 'auto',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
+        _check_backend(backend)
         settings = _settings_of(arch, self.archs)
         embed_dims, depth = settings['embed_dims'], settings['depth']
         key_norm = settings['key_norm']
@@ -117,6 +120,19 @@ class VRWKV(TokenBackbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
+
+
+def _check_backend(backend: str) -> None:
+    """Tell an unknown backend when the model is built, not in the first iteration.
+
+    Whether a known one can run is told by the operators, as it depends on the tensors.
+    """
+    if backend == 'auto':
+        return
+    q_shift_backends = available_backends('q_shift')
+    names = ['auto', *(name for name in available_backends('bi_wkv') if name in q_shift_backends)]
+    if backend not in names:
+        raise ValueError(f'backend must be one of {", ".join(names)}, got {backend!r}.')
 
 
 def _settings_of(
