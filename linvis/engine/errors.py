@@ -1,13 +1,14 @@
 """Which exceptions are a user's mistake, and the one sentence that says so."""
 
+import dis
 import importlib.util
-import linecache
 import traceback
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+_RAISE = dis.opmap['RAISE_VARARGS']
 _WORKER_MARK = 'in DataLoader worker process'
 
 
@@ -72,11 +73,11 @@ def _raised_by_linvis(error: BaseException) -> bool:
     frame = _last_frame(error)
     if frame is None:
         return False
-    filename = frame.tb_frame.f_code.co_filename
     name = frame.tb_frame.f_globals.get('__name__', '')
     if name.partition('.')[0] not in ('linvis', 'linvis_ops'):
         return False
-    return linecache.getline(filename, frame.tb_lineno).strip().startswith('raise ')
+    # The instruction, not the line, that threw: sources may be elsewhere, and a line may hold more.
+    return frame.tb_frame.f_code.co_code[frame.tb_lasti] == _RAISE
 
 
 def _raised_while_building(error: BaseException) -> bool:

@@ -1,3 +1,6 @@
+import importlib.util
+import py_compile
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -34,6 +37,46 @@ def test_accidental_error_inside_linvis_is_a_bug():
     error = caught(_ranks, 'pytorch', environ)
     assert isinstance(error, ValueError)
     assert user_sentence(error) is None
+
+
+SOURCE = """
+def deliberate(value):
+    if value: raise ValueError('on purpose')
+
+def accidental(value):
+    if value: return int('three')
+    raise ValueError(
+        'text ' + value)
+"""
+
+
+@pytest.fixture
+def module_without_source(tmp_path):
+    """A module of linvis, compiled, as in a frozen program."""
+    path = tmp_path / 'somewhere.py'
+    path.write_text(SOURCE)
+    py_compile.compile(str(path), cfile=str(tmp_path / 'somewhere.pyc'))
+    path.unlink()
+    spec = importlib.util.spec_from_file_location('linvis.somewhere', tmp_path / 'somewhere.pyc')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ('function', 'value', 'expected'),
+    [
+        ('deliberate', True, 'on purpose'),
+        ('accidental', True, None),
+        # a bug within the statement that was to raise
+        ('accidental', None, None),
+    ],
+)
+def test_deliberate_is_what_a_raise_instruction_throws(
+    module_without_source, function, value, expected
+):
+    error = caught(getattr(module_without_source, function), value)
+    assert user_sentence(error) == expected
 
 
 def test_sentence_has_one_line():
