@@ -90,12 +90,16 @@ def test_arrays_that_the_model_does_not_give_or_that_are_nan_fail(
 def test_unknown_family_is_named(tmp_path, meta, monkeypatch, capsys):
     case = write(tmp_path / 'small.npz', meta | {'family': 'mamba'}, {})
     assert run(monkeypatch, case) == 1
-    assert "The family 'mamba' of case small is unknown; known are vrwkv" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "The family 'mamba' of case small is unknown; known are vrwkv" in printed.err
+    assert printed.out == 'small - - - FAIL\n'
 
 
 def test_missing_case_is_named(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, str(tmp_path / 'none.npz')) == 1
-    assert 'none.npz' in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert 'none.npz' in printed.err
+    assert printed.out == 'none - - - FAIL\n'
 
 
 def test_checkpoint_of_another_layout_is_told(meta):

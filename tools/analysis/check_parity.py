@@ -8,7 +8,8 @@ builds that checkpoint, saves it, loads it as a user loads the authors' file, an
     python tools/analysis/check_parity.py CASE.npz ...
 
 It prints a line for each array: case, array, relative error, bound, PASS or FAIL; it exits with 1
-if one fails.
+if one fails. A case that cannot be computed has the one line `case - - - FAIL`, with the reason on
+stderr.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def relative_error(ours: np.ndarray, recorded: np.ndarray) -> float:
 def check(path: Path, device: str) -> bool:
     """Compare one case and tell whether all arrays are within the bound.
 
-    Prints a line for each array, or on stderr the reason why the case cannot be computed.
+    Prints a line for each array. A case that cannot be computed fails with the reason on stderr.
     """
     try:
         with np.load(path, allow_pickle=False) as case:
@@ -179,6 +180,7 @@ def check(path: Path, device: str) -> bool:
         ours = compute(meta, 'grad_input' in arrays, device)
     except (OSError, KeyError, ValueError) as error:
         print(f'{path}: {error}', file=sys.stderr)
+        print(f'{path.stem} - - - FAIL')
         return False
     passed = True
     for name, recorded in arrays.items():
