@@ -9,26 +9,39 @@ time.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import nn
-from triton.testing import do_bench
 
 from linvis.models import VRWKV
+
+
+def shape(text: str) -> tuple[int, int]:
+    """(pixels, batch) of a text PIXELSxBATCH."""
+    pixels, cross, batch = text.partition('x')
+    if not (cross and pixels.isdecimal() and batch.isdecimal() and int(pixels) and int(batch)):
+        raise argparse.ArgumentTypeError(f'expected PIXELSxBATCH, such as 224x256, got {text!r}')
+    return int(pixels), int(batch)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--arch', nargs='*', default=['tiny'], help='archs of VRWKV')
+    parser.add_argument(
+        '--arch', nargs='*', default=['tiny'], choices=sorted(VRWKV.archs), help='archs of VRWKV'
+    )
     parser.add_argument('--rival', nargs='*', default=[], help='names of timm networks')
-    parser.add_argument('--shape', nargs='+', default=['224x256'], help='PIXELSxBATCH')
+    parser.add_argument(
+        '--shape', nargs='+', type=shape, default=[(224, 256)], metavar='PIXELSxBATCH'
+    )
     parser.add_argument('--eager-only', action='store_true', help='do not compile')
     parser.add_argument('--out', help='JSON file for the rows')
     return parser.parse_args()
@@ -66,6 +79,8 @@ def runner(model: nn.Module, x: torch.Tensor, train: bool) -> Callable[[], Any]:
 
 def measure(kind: str, name: str, pixels: int, batch: int, compiled: bool) -> list[dict[str, Any]]:
     """Rows of one network at one shape."""
+    from triton.testing import do_bench  # only where there is a GPU is triton certain
+
     rows = []
     for train in (False, True):
         torch.cuda.empty_cache()
@@ -92,13 +107,18 @@ def measure(kind: str, name: str, pixels: int, batch: int, compiled: bool) -> li
     return rows
 
 
-def main() -> None:
+def main() -> int:
     """Measure every network at every shape."""
     args = parse_arguments()
+    if not torch.cuda.is_available():
+        print('Throughput is measured on an NVIDIA GPU, and PyTorch finds none.', file=sys.stderr)
+        return 1
+    if args.rival and importlib.util.find_spec('timm') is None:
+        print('--rival needs timm: pip install timm.', file=sys.stderr)
+        return 1
     networks = [('linvis', name) for name in args.arch] + [('timm', name) for name in args.rival]
     rows = []
-    for shape in args.shape:
-        pixels, batch = (int(number) for number in shape.split('x'))
+    for pixels, batch in args.shape:
         for kind, name in networks:
             for compiled in (False,) if args.eager_only else (False, True):
                 rows += measure(kind, name, pixels, batch, compiled)
@@ -106,11 +126,12 @@ def main() -> None:
         header = {
             'gpu': torch.cuda.get_device_name(),
             'torch': torch.__version__,
-            'triton': triton.__version__,
+            'triton': importlib.metadata.version('triton'),
             'python': platform.python_version(),
         }
         Path(args.out).write_text(json.dumps({**header, 'rows': rows}, indent=1) + '\n')
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())
