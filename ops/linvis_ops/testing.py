@@ -122,6 +122,10 @@ def poisoned_memory() -> Iterator[None]:
         torch: ('empty', 'empty_like', 'empty_permuted', 'empty_strided'),
         torch.Tensor: ('new_empty', 'new_empty_strided'),
     }
+    # torch.device() as a context collects the functions that it acts on at its first use: they must
+    # be the real ones
+    with torch.device('cpu'):
+        torch.empty(0)
     with ExitStack() as stack:
         for owner, names in functions.items():
             for name in names:

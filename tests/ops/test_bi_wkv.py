@@ -23,6 +23,7 @@ interpreted = pytest.param(
     marks=pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1'),
     id='triton-interpreter',
 )
+not_interpreted = pytest.mark.skipif(interpreting(), reason='long in the interpreter')
 BACKENDS = [pytest.param('torch', 'cpu', id='torch-cpu'), interpreted, cuda]
 
 
@@ -171,11 +172,12 @@ def test_backend_matches_float64_over_several_channel_blocks(backend, device):
     check_against_float64(backend, device, torch.float32, inputs)
 
 
-@pytest.mark.parametrize('decay', [0.0, 1.0, 2.0])
+@pytest.mark.parametrize('tokens', [50, pytest.param(197, marks=not_interpreted)])
+@pytest.mark.parametrize('decay', [0.0, 1.0, 2.0, 30.0])
 @pytest.mark.parametrize('keys', ['wide', 'equal'])
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
-def test_extreme_inputs_are_finite_and_right(backend, device, keys, decay):
-    w, u, k, v = bi_wkv_inputs(1, 50, 8, device=device, decay=decay)
+def test_extreme_inputs_are_finite_and_right(backend, device, keys, decay, tokens):
+    w, u, k, v = bi_wkv_inputs(1, tokens, 8, device=device, decay=decay)
     with torch.no_grad():
         k.uniform_(-80, 80) if keys == 'wide' else k.fill_(-80.0)
     check_against_float64(backend, device, torch.float32, (w, u, k, v))

@@ -1,8 +1,13 @@
 """The tests' own tools: poisoned memory and the comparison with float64."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import linvis_ops
 from linvis_ops.testing import FLOORS, WORST_ELEMENT, assert_matches, poisoned_memory
 
 FRESH = {
@@ -79,3 +84,23 @@ def test_infinity_in_place_of_a_number_fails():
     actual = torch.tensor([1.0, float('inf'), 1.0])
     with pytest.raises(AssertionError, match='not finite'):
         assert_matches('y', actual, reference, None, torch.float32)
+
+
+def test_poison_leaves_device_contexts_alone():
+    # a process of its own: the first use of a device context decides what it acts on
+    code = """
+import torch
+from linvis_ops.testing import poisoned_memory
+with poisoned_memory(), torch.device('meta'):
+    torch.zeros(1)
+with torch.device('meta'):
+    print(torch.empty(1).device)
+"""
+    folder = str(Path(linvis_ops.__path__[0]).parent)
+    done = subprocess.run(
+        [sys.executable, '-c', f'import sys; sys.path.insert(0, {folder!r})\n{code}'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == 'meta\n'

@@ -17,7 +17,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str = 'auto')
     with b[t, t] = u and b[t, s] = -w (|t - s| - 1).
 
     Args:
-        w: Decay per token step, shape (C,), float32, natural-log units; any sign, |w| up to 2.
+        w: Decay per token step, shape (C,), float32, natural-log units; any sign.
             Divide by T beforehand for the paper's form.
         u: Bonus of the token itself, shape (C,), float32.
         k: Keys (log weights), shape (B, T, C), float32, float16, bfloat16 or float64.
