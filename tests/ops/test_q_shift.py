@@ -72,17 +72,15 @@ def test_definition_equals_loop(hw, channels, class_token):
 def test_backend_and_its_gradient_equal_the_definition(
     backend, device, hw, channels, class_token, dtype
 ):
-    # the interpreter rounds bfloat16 its own way
-    rtol = 1e-2 if interpreting() and dtype == torch.bfloat16 else 0
     x = tokens(hw, channels, class_token, dtype=dtype, device=device).requires_grad_()
     gy = torch.randn_like(x)
     y = q_shift(x, hw, backend=backend)
     expected = q_shift(x, hw, backend='reference')
     assert y.is_contiguous()
-    torch.testing.assert_close(y, expected, rtol=rtol, atol=0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
     (gradient,) = torch.autograd.grad(y, x, gy)
     (expected_gradient,) = torch.autograd.grad(expected, x, gy)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
