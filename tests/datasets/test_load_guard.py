@@ -5,6 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.registry import DefaultScope
@@ -71,6 +73,32 @@ def test_guard_names_missing_file(tmp_path, messages):
 def test_guard_names_folder_in_place_of_file(tmp_path, messages):
     assert make_guard()({'img_path': str(tmp_path)}) is None
     assert 'cannot be read' in messages[0]
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'BMP'])
+@settings(
+    deadline=None,
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the file is written each time
+)
+@given(
+    damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8),
+    kept=st.floats(0, 1),
+)
+def test_guard_loads_or_names_a_damaged_file(picture_bytes, tmp_path, kind, damage, kept):
+    data = bytearray(picture_bytes(kind=kind))
+    for place, value in damage:
+        data[int(place * (len(data) - 1))] = value
+    path = tmp_path / 'damaged'
+    path.write_bytes(data[: round(kept * len(data))])
+    guard = make_guard()
+    results = guard({'img_path': str(path)})
+    if results is None:
+        assert guard.num_unreadable == 1
+    else:
+        assert results['img'].ndim == 3
+        assert results['img'].shape[2] == 3
 
 
 def test_guard_counts_and_logs_a_file_once(tmp_path, messages):
