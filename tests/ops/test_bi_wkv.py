@@ -237,6 +237,14 @@ def test_opcheck_forward(dtype):
     torch.library.opcheck(bi_wkv_fwd, (*bi_wkv_inputs(2, 18, 4, dtype), 'torch'))
 
 
+@pytest.mark.gpu
+def test_opcheck_triton():
+    inputs = bi_wkv_inputs(2, 18, 4, device='cuda')
+    torch.library.opcheck(bi_wkv_fwd, (*inputs, 'triton'))
+    fixed = tuple(t.detach() for t in inputs)
+    torch.library.opcheck(bi_wkv_bwd, (torch.randn_like(fixed[3]), *fixed, 'triton'))
+
+
 def test_opcheck_forward_strided():
     w, u, k, v = bi_wkv_inputs(2, 4, 18)
     torch.library.opcheck(
