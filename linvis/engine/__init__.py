@@ -1,6 +1,7 @@
 """Training and testing: loops, hooks, parameter groups, and what the command lines share."""
 
 from linvis.engine.checkpoint_match import CheckpointMatchHook
+from linvis.engine.drawing import ClassDrawingHook
 from linvis.engine.dump import DumpSegResults
 from linvis.engine.errors import LaunchError
 from linvis.engine.interrupt import InterruptCheckpointHook, TrainingInterrupted
@@ -10,6 +11,7 @@ from linvis.engine.runner import TaskRunner
 
 __all__ = [
     'CheckpointMatchHook',
+    'ClassDrawingHook',
     'DumpSegResults',
     'InterruptCheckpointHook',
     'LaunchError',

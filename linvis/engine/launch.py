@@ -23,7 +23,7 @@ from linvis.utils.checkpoint import load_checkpoint, register_safe_loader
 from linvis.utils.environment import startup_lines
 
 _VISUALIZATION_HOOKS = {
-    'mmpretrain': 'VisualizationHook',
+    'mmpretrain': 'linvis.ClassDrawingHook',
     'mmdet': 'DetVisualizationHook',
     'mmseg': 'SegVisualizationHook',
 }
@@ -197,7 +197,7 @@ def _draw_into(cfg: Config, folder: str) -> None:
     hooks = cfg.setdefault('default_hooks', {})
     hook: dict[str, Any] = hooks.get('visualization') or {'type': _VISUALIZATION_HOOKS[scope]}
     if scope == 'mmpretrain':
-        hook.update(enable=True, interval=1, out_dir=path)
+        hook = {'type': _VISUALIZATION_HOOKS[scope], 'out_dir': path}
     elif scope == 'mmdet':
         hook.update(draw=True, test_out_dir=path)
     else:

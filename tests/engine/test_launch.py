@@ -434,7 +434,7 @@ def test_bug_keeps_its_traceback(run_train, toy_folder):
 @pytest.mark.parametrize(
     ('scope', 'expected'),
     [
-        ('mmpretrain', {'type': 'VisualizationHook', 'enable': True, 'interval': 1}),
+        ('mmpretrain', {'type': 'linvis.ClassDrawingHook'}),
         ('mmdet', {'type': 'DetVisualizationHook', 'draw': True}),
         ('mmseg', {'type': 'SegVisualizationHook', 'draw': True}),
     ],

@@ -1,17 +1,18 @@
-"""Sanity check: VRWKV-T from scratch on Imagenette, ten classes of ImageNet, at 128 px.
+"""Sanity check: VRWKV-T from scratch on Imagenette, ten classes of ImageNet, at 224 px.
 
 Shows that the classification pipeline is wired right: it says nothing about ImageNet-1k.
 Data: data/imagenette/{train,val}/<wnid>/*.jpg, here a sample of 200 + 50 pictures a class.
-Hardware and time: see docs/benchmarks.md. Expected: at least 70 % top-1 on the validation pictures.
+Hardware: one GPU; 0.143 s an iteration on an H200, 9 minutes in all. Goal: at least 70 % top-1 on
+the validation pictures; not measured yet.
 
-    python tools/train.py configs/sanity/vrwkv-tiny_1xb250-5500i_imagenette.py
+    python tools/train.py configs/sanity/vrwkv-tiny_1xb250-3500i_imagenette.py
 """
 
 _base_ = '../_base_/runtime_cls.py'
 
-# iterations = 687.5 epochs x 2,000 pictures / 250 a batch
-max_iters = 5500
-warmup = 275
+# iterations = 437.5 epochs x 2,000 pictures / 250 a batch
+max_iters = 3500
+warmup = 175
 data_root = 'data/imagenette'
 
 model = dict(
@@ -86,7 +87,7 @@ test_cfg = dict()
 
 default_hooks = dict(
     logger=dict(interval=100),
-    checkpoint=dict(by_epoch=False, interval=2000, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=1000, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)
