@@ -48,11 +48,11 @@ class Task:
 
 TASKS = {
     'classification': Task(
-        config='configs/quickstart/vrwkv-micro_1xb16-600i_mini-cls-96px.py',
+        config='configs/quickstart/vrwkv-micro_1xb32-400i_mini-cls-96px.py',
         metrics={'accuracy/top1': 'top-1'},
         tests={
-            '86 validation crops': (),
-            '139 training crops': ('test_dataloader.dataset.data_prefix=train',),
+            '97 validation crops': (),
+            '251 training crops': ('test_dataloader.dataset.data_prefix=train',),
         },
     ),
     'detection': Task(

@@ -28,16 +28,7 @@ from pycocotools import mask as mask_utils
 # COCO's number of the licence -> short name; all others are refused.
 ALLOWED_LICENCES = {4: 'CC BY 2.0', 5: 'CC BY-SA 2.0', 7: 'No known copyright restrictions'}
 # Super-categories of COCO with enough large objects; the folder names of the classification set.
-CLASSES = (
-    'accessory',
-    'animal',
-    'appliance',
-    'food',
-    'furniture',
-    'kitchen',
-    'person',
-    'vehicle',
-)
+CLASSES = ('animal', 'food', 'furniture', 'kitchen', 'person', 'vehicle')
 # The region of a table shows what stands on it.
 CLUTTERED = {'dining table'}
 SPLITS = {'train2017': ('train', 'training'), 'val2017': ('val', 'validation')}
@@ -429,9 +420,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, help='folder to write the three sets to')
     parser.add_argument('--long-side', type=int, default=320, help='of coco and ade, in pixels')
     parser.add_argument('--crop-side', type=int, default=128, help='long side of a crop, in pixels')
-    parser.add_argument('--crop-min', type=int, default=32, help='least long side of an object')
+    parser.add_argument('--crop-min', type=int, default=20, help='least long side of an object')
     parser.add_argument(
-        '--crops', type=int, nargs=2, default=(20, 12), help='most crops of a class: train, val'
+        '--crops', type=int, nargs=2, default=(80, 20), help='most crops of a class: train, val'
     )
     parser.add_argument('--quality', type=int, default=85, help='of the JPEG files')
     return parser.parse_args(arguments)
