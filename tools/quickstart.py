@@ -52,7 +52,7 @@ TASKS = {
         metrics={'accuracy/top1': 'top-1'},
         tests={
             '97 validation crops': (),
-            '251 training crops': ('test_dataloader.dataset.data_prefix=train',),
+            '203 training crops': ('test_dataloader.dataset.data_prefix=train',),
         },
     ),
     'detection': Task(

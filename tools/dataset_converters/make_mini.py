@@ -422,7 +422,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--crop-side', type=int, default=128, help='long side of a crop, in pixels')
     parser.add_argument('--crop-min', type=int, default=20, help='least long side of an object')
     parser.add_argument(
-        '--crops', type=int, nargs=2, default=(80, 20), help='most crops of a class: train, val'
+        '--crops', type=int, nargs=2, default=(45, 20), help='most crops of a class: train, val'
     )
     parser.add_argument('--quality', type=int, default=85, help='of the JPEG files')
     return parser.parse_args(arguments)
