@@ -57,3 +57,9 @@ def test_command_names_what_is_missing(curves, work_dir, tmp_path, capsys):
     arguments = [str(work_dir), '--out', str(tmp_path / 'a.png'), '--keys', 'mAP']
     assert curves.main(arguments) == 1
     assert 'mAP: not logged; there are accuracy/top1, loss, lr' in capsys.readouterr().err
+
+
+def test_a_metric_measured_once_gets_no_panel(curves, work_dir):
+    write_log(work_dir, '20260103_000000', [{'mIoU': 40.0, 'step': 0}])
+    figure = curves.plot([curves.Run(work_dir)])
+    assert 'mIoU' not in {axis.get_title() for axis in figure.axes}

@@ -64,7 +64,8 @@ def plot(runs: Sequence[Run], keys: Sequence[str] = ()) -> Figure:
 
     Args:
         runs: What to draw; each gets its own colour.
-        keys: Names as in scalars.json; default: loss, lr and all metrics of validation.
+        keys: Names as in scalars.json; default: loss, lr and the metrics that were validated more
+            than once.
 
     Returns:
         The figure.
@@ -123,7 +124,8 @@ def _curves(records: Iterable[dict[str, float]]) -> dict[str, Curve]:
 
 def _default_keys(runs: Sequence[Run]) -> list[str]:
     first = [key for key in ('loss', 'lr') if any(key in run.train for run in runs)]
-    return first + sorted({key for run in runs for key in run.val})
+    several = {key for run in runs for key, (steps, _) in run.val.items() if len(steps) > 1}
+    return first + sorted(several)
 
 
 def _draw(axis: Axes, key: str, runs: Sequence[Run]) -> None:
