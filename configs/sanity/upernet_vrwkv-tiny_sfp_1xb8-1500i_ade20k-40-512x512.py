@@ -3,8 +3,8 @@
 Shows that label maps, ignored pixels and resizing are wired right; it measures on the pictures that
 it trains on and says nothing about other pictures. Data: the first 40 pictures of
 data/ade/ADEChallengeData2016.
-Hardware: one GPU; at most 0.33 s an iteration on an H200, 8 minutes in all. Measured: 76.1 mIoU,
-95.6 % of the pixels, on those 40 pictures.
+Hardware: one GPU. Time: at most 0.33 s an iteration on an H200, 8 minutes in all.
+Expected: at least 40 mIoU on those 40 pictures; measured 76.1, and 95.6 % of the pixels.
 
     python tools/train.py configs/sanity/upernet_vrwkv-tiny_sfp_1xb8-1500i_ade20k-40-512x512.py
 """
