@@ -57,7 +57,7 @@ ensure_environment() {
         echo "environment: making ${VENV} with $("${python}" --version)"
         make_venv "${python}"
     fi
-    echo "environment: installing (about 3 GB of downloads the first time, most of it PyTorch)"
+    echo "environment: installing (several GB of downloads the first time, most of it PyTorch)"
     local pip=("${VENV}/bin/python" -m pip --disable-pip-version-check install)
     # && all along: a shell does not stop at errors in what stands before ||
     (
