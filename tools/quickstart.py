@@ -2,6 +2,7 @@
 
 Every step is a call of tools/train.py or tools/test.py, whose whole output is in a log file. What
 a run has finished, the next one takes over; an interrupted training goes on where it stopped.
+Beside a GPU the tasks run at the same time: networks this small leave it idle most of the time.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -86,19 +89,20 @@ class StepStopped(Exception):
 
 
 class Stop:
-    """Waits for the running step when the user or the system asks to stop."""
+    """Waits for the running steps when the user or the system asks to stop."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.process: subprocess.Popen | None = None
+        self.processes: set[subprocess.Popen] = set()
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.number = number
         # A terminal sends Ctrl-C to the step as well; SIGTERM comes to this process alone.
-        if number == signal.SIGTERM and self.process is not None:
-            self.process.send_signal(number)
+        if number == signal.SIGTERM:
+            for process in tuple(self.processes):
+                process.send_signal(number)
 
 
 class Quickstart:
@@ -107,12 +111,31 @@ class Quickstart:
     Args:
         folder: Where logs, checkpoints, pictures and the summary go.
         device: 'auto', 'cpu' or 'cuda', passed on.
+        jobs: How many tasks run at the same time.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, jobs: int) -> None:
         self.folder = folder
         self.device = device
+        self.jobs = jobs
         self.stop = Stop()
+
+    def run_tasks(self, names: Sequence[str]) -> list[dict]:
+        """Runs the tasks and returns their rows of the table; after a failure none is begun."""
+        failed = threading.Event()
+
+        def run(name: str) -> list[dict]:
+            if failed.is_set():
+                return []
+            try:
+                return self.run_task(name)
+            except Exception:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            tasks = [pool.submit(run, name) for name in names]
+        return [row for task in tasks for row in task.result()]
 
     def run_task(self, name: str) -> list[dict]:
         """Runs the steps of a task that are not done yet and returns its rows of the table."""
@@ -191,15 +214,16 @@ class Quickstart:
                 text=True,
                 errors='replace',
             )
-            self.stop.process = process
+            self.stop.processes.add(process)
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
                 text = progress(line, TASKS[name].metrics)
                 if text:
-                    print(f'    {text}', flush=True)
+                    label = f'{name}: ' if self.jobs > 1 else ''
+                    print(f'    {label}{text}', flush=True)
             status = process.wait()
-        self.stop.process = None
+        self.stop.processes.discard(process)
         if self.stop.number:
             raise StepStopped(128 + self.stop.number)
         if status:
@@ -246,6 +270,15 @@ def progress(line: str, metrics: Iterable[str]) -> str | None:
     return f'{match[1]} {match[2]}  {"  ".join(values)}'.rstrip()
 
 
+def jobs_for(device: str, tasks: int) -> int:
+    """How many tasks to run at the same time: all of them beside a GPU with two cores for each."""
+    if device == 'cpu' or len(os.sched_getaffinity(0)) < 2 * tasks:
+        return 1
+    import torch
+
+    return tasks if torch.cuda.is_available() else 1
+
+
 def table(rows: Sequence[dict]) -> str:
     """Lays the rows out in aligned columns."""
     columns = ('task', 'metric', 'measured on', 'untrained', 'trained', 'minutes')
@@ -278,17 +311,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'quickstart')
     parser.add_argument(
+        '--jobs', type=int, help='tasks run at the same time (default: all beside a GPU, else 1)'
+    )
+    parser.add_argument(
         '--fresh', action='store_true', help='start anew instead of using what earlier runs did'
     )
     args = parser.parse_args(argv)
     folder = args.work_dir.resolve()
-    quickstart = Quickstart(folder, args.device)
-    rows = []
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f'--jobs must be at least 1, not {args.jobs}')
+    jobs = args.jobs or jobs_for(args.device, len(args.tasks))
+    quickstart = Quickstart(folder, args.device, jobs)
     try:
         for name in args.tasks:
             if args.fresh and (folder / name).exists():
                 shutil.rmtree(folder / name)
-            rows += quickstart.run_task(name)
+        rows = quickstart.run_tasks(args.tasks)
     except StepStopped as stopped:
         print('Stopped; the same command goes on from here.', file=sys.stderr)
         return stopped.status

@@ -46,7 +46,7 @@ test_pipeline = [
     dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='mmdet.PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances'),
     ),
 ]
 dataset = dict(
@@ -72,11 +72,8 @@ val_dataloader = dict(
     dataset=dict(**dataset, test_mode=True, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(
-    type='mmdet.CocoMetric',
-    ann_file=data_root + 'annotations/instances_train2017.json',
-    metric=['bbox', 'segm'],
-)
+# without an annotation file: the truth of the pictures seen, not of all that the file lists
+val_evaluator = dict(type='mmdet.CocoMetric', metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(

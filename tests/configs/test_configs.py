@@ -143,6 +143,19 @@ def test_chosen_categories_have_the_order_of_the_annotation_file():
 
 
 @each_config
+def test_metric_judges_the_pictures_of_the_data_set_only(path):
+    # CocoMetric with an annotation file counts every picture in it as one that should be found.
+    cfg = Config.fromfile(path)
+    for loader, evaluator in (
+        (cfg.val_dataloader, cfg.val_evaluator),
+        (cfg.test_dataloader, cfg.test_evaluator),
+    ):
+        if loader.dataset.type == 'mmdet.CocoDataset' and 'indices' in loader.dataset:
+            assert evaluator.get('ann_file') is None
+            assert 'instances' in loader.dataset.pipeline[-1].meta_keys
+
+
+@each_config
 def test_config_trains_one_step_and_predicts(path, tmp_path, monkeypatch, leave_no_trace):
     from linvis.engine.runner import TaskRunner
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 # Stands for every tool. It writes down its arguments and leaves what the real one leaves. With
-# `slow` in the folder of the stand-ins a training lasts until a signal, with `broken` it fails.
+# `slow` in the folder of the stand-ins a training lasts until a signal, with `broken` it fails, and
+# with `together` it ends when three are under way.
 TOOL = """
 import signal, sys, time
 from pathlib import Path
@@ -33,6 +34,14 @@ if name == 'train.py':
         signal.signal(signal.SIGINT, stop)
         (root / 'training').touch()
         time.sleep(60)
+    if (root / 'together').exists():
+        (work_dir / 'under_way').touch()
+        for _ in range(600):
+            if len(list(work_dir.parents[1].glob('*/*/under_way'))) == 3:
+                break
+            time.sleep(0.05)
+        else:
+            sys.exit('The others do not come.')
     if (root / 'broken').exists():
         sys.exit('ValueError: out of luck.')
     (work_dir / 'last_checkpoint').write_text('/elsewhere/iter_600.pth')
@@ -40,7 +49,8 @@ elif name == 'test.py':
     out = Path(args[args.index('--out') + 1])
     score = '1' if args[1] == 'none' else '51.25'
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text('{"accuracy/top1": %s, "mIoU": %s}' % (score, score))
+    names = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP')
+    out.write_text('{%s}' % ', '.join(f'"{name}": {score}' for name in names))
 """
 TOOLS = ('train.py', 'test.py', 'analysis/plot_curves.py')
 
@@ -103,6 +113,40 @@ def test_steps_are_run_in_order_and_the_table_has_both_scores(quickstart, tmp_pa
     assert 'Iter(train) [ 50/600]  eta 0:01:00  loss 2.5' in printed
     assert '51.2' in printed
     assert 'mini data' in printed
+
+
+def test_tasks_run_at_the_same_time(quickstart, tmp_path, capsys):
+    (quickstart.ROOT / 'together').touch()
+    assert quickstart.main(['--device', 'cpu', '--jobs', '3', '--work-dir', str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert '    detection: Iter(train) [ 50/600]  eta 0:01:00' in printed
+    rows = json.loads((tmp_path / 'summary.json').read_text())['rows']
+    assert [row['task'] for row in rows] == [
+        *('classification', 'classification', 'detection', 'detection', 'segmentation')
+    ]
+
+
+def test_a_failure_keeps_the_next_task_from_beginning(quickstart, tmp_path, capsys):
+    (quickstart.ROOT / 'broken').touch()
+    assert quickstart.main(['--device', 'cpu', '--jobs', '1', '--work-dir', str(tmp_path)]) == 1
+    assert 'classification: training failed' in capsys.readouterr().err
+    assert not (tmp_path / 'segmentation').exists()
+
+
+@pytest.mark.parametrize(
+    ('device', 'cores', 'gpu', 'jobs'),
+    [('auto', 8, True, 3), ('auto', 8, False, 1), ('cpu', 8, True, 1), ('cuda', 2, True, 1)],
+)
+def test_all_tasks_run_at_once_beside_a_gpu(quickstart, monkeypatch, device, cores, gpu, jobs):
+    monkeypatch.setattr(quickstart.os, 'sched_getaffinity', lambda _: range(cores))
+    monkeypatch.setattr('torch.cuda.is_available', lambda: gpu)
+    assert quickstart.jobs_for(device, tasks=3) == jobs
+
+
+def test_no_jobs_are_refused(quickstart, capsys):
+    with pytest.raises(SystemExit):
+        quickstart.main(['--jobs', '0'])
+    assert '--jobs must be at least 1, not 0' in capsys.readouterr().err
 
 
 def test_second_run_repeats_nothing_and_prints_the_same_table(quickstart, tmp_path, capsys):
