@@ -1,0 +1,168 @@
+"""What is measured: operators, their shapes in real networks, their least traffic, their rivals.
+
+A new operator is one more `Operator` in OPERATORS. B batch, T tokens, C channels; rows and columns
+of the token grid; H heads, K and V widths of keys and values.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import linvis_ops
+from benchmarks.passes import Function, Shape
+from benchmarks.rivals import COPY, FLA_RWKV4_TWICE, SDPA, Rival
+from linvis_ops import testing
+
+Inputs = tuple[Tensor, ...]
+Traffic = Callable[[Shape, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator to measure.
+
+    Attributes:
+        name: Name in linvis_ops, of the public function and of its backends.
+        axes: Letters of a shape, in order.
+        shapes: Shapes of real networks.
+        inputs: Makes the inputs from shape, dtype and device; those that require gradients get
+            them in the backward pass.
+        traffic: Least bytes of the forward and of the backward pass, from shape and bytes an
+            element: each input read once, each output written once, in its dtype.
+        arguments: Positional arguments of the public function from inputs and shape; default: the
+            inputs.
+        rivals: What it is measured beside.
+        dtypes: Names of the dtypes that are measured unless others are asked for.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    inputs: Callable[[Shape, torch.dtype, str], Inputs]
+    traffic: Traffic
+    arguments: Callable[[Inputs, Shape], tuple[Any, ...]] = lambda inputs, _shape: inputs
+    rivals: tuple[Rival, ...] = (COPY,)
+    dtypes: tuple[str, ...] = ('bfloat16', 'float32')
+
+    def shape(self, sizes: Sequence[int]) -> Shape:
+        """Name the sizes of a shape by their axes."""
+        return dict(zip(self.axes, sizes, strict=True))
+
+    def bytes_by_pass(self, shape: Shape, dtype: torch.dtype) -> dict[str, int]:
+        """Least bytes to be read and written, by pass."""
+        forward, backward = self.traffic(shape, dtype.itemsize)
+        return {'fwd': forward, 'bwd': backward, 'fwd+bwd': forward + backward}
+
+    def prepare(self, shape: Shape, dtype: torch.dtype, device: str, backend: str) -> Function:
+        """Our implementation on one backend, with inputs."""
+        inputs = self.inputs(shape, dtype, device)
+        arguments = self.arguments(inputs, shape)
+        function = getattr(linvis_ops, self.name)
+        with_gradient = tuple(t for t in inputs if t.requires_grad)
+        return Function(lambda: function(*arguments, backend=backend), with_gradient)
+
+    def missing(self) -> str | None:
+        """Why it cannot be measured with the linvis_ops that is imported, or None."""
+        if hasattr(linvis_ops, self.name) and self.name in linvis_ops.operators():
+            return None
+        return f'linvis_ops has no operator {self.name}'
+
+    def backends(self) -> tuple[str, ...]:
+        """Names of our implementations, the preferred one first and the definition last."""
+        return tuple(linvis_ops.available_backends(self.name))
+
+    def test_file(self) -> str:
+        """The tests that have to pass first, relative to the top of the checkout."""
+        return f'tests/ops/test_{self.name}.py'
+
+
+def tokens(shape: Shape) -> int:
+    """T of a shape."""
+    return shape['T'] if 'T' in shape else shape['rows'] * shape['columns']
+
+
+def elements(shape: Shape) -> int:
+    """Number of elements of one tensor of tokens: B T C, or B T H V of an operator with heads."""
+    channels = shape['C'] if 'C' in shape else shape['H'] * shape['V']
+    return shape['B'] * tokens(shape) * channels
+
+
+def token_tensors(forward: int, backward: int) -> Traffic:
+    """Least traffic of an operator that moves whole tensors (B, T, C), parameters being small.
+
+    Args:
+        forward: How many it reads and writes in the forward pass.
+        backward: How many in the backward pass.
+    """
+
+    def traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+        size = elements(shape) * itemsize
+        return forward * size, backward * size
+
+    return traffic
+
+
+def token_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    """x, (B, T, C), which requires gradients."""
+    size = shape['B'], tokens(shape), shape['C']
+    return (torch.randn(size, dtype=dtype, device=device).requires_grad_(),)
+
+
+def mix_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    """x, (B, T, C), and the weights of three mixes, each (C,), float32."""
+    mus = tuple(torch.rand(shape['C'], device=device).requires_grad_() for _ in range(3))
+    return *token_inputs(shape, dtype, device), *mus
+
+
+OPERATORS = (
+    Operator(
+        name='bi_wkv',
+        axes=('B', 'T', 'C'),
+        shapes=(
+            (128, 196, 192),
+            (64, 1024, 384),
+            (16, 4096, 768),
+            (4, 16384, 768),
+            (16, 4096, 192),
+            (2, 4200, 768),
+            (1, 65536, 192),
+        ),
+        inputs=lambda s, dtype, device: testing.bi_wkv_inputs(
+            s['B'], s['T'], s['C'], dtype, device
+        ),
+        traffic=token_tensors(forward=3, backward=5),  # k, v, y; k, v, dy, dk, dv
+        rivals=(*SDPA, FLA_RWKV4_TWICE, COPY),
+    ),
+    Operator(
+        name='q_shift',
+        axes=('B', 'rows', 'columns', 'C'),
+        shapes=((128, 14, 14, 192), (16, 64, 64, 192)),
+        inputs=token_inputs,
+        arguments=lambda inputs, s: (*inputs, (s['rows'], s['columns'])),
+        traffic=token_tensors(forward=2, backward=2),  # x, y; dy, dx
+    ),
+    Operator(
+        name='q_shift_mix',
+        axes=('B', 'rows', 'columns', 'C'),
+        shapes=((128, 14, 14, 192), (16, 64, 64, 192)),
+        inputs=mix_inputs,
+        arguments=lambda inputs, s: (inputs[0], (s['rows'], s['columns']), inputs[1:]),
+        traffic=token_tensors(forward=4, backward=5),  # x, three mixes; x, three gradients, dx
+    ),
+)
+
+
+def named(names: Sequence[str]) -> list[Operator]:
+    """Operators by name, in the order of the registry; all for no names.
+
+    Raises:
+        ValueError: If there is no such operator.
+    """
+    known = [operator.name for operator in OPERATORS]
+    for name in names:
+        if name not in known:
+            raise ValueError(f'there is no operator {name!r}; there are {", ".join(known)}.')
+    return [operator for operator in OPERATORS if not names or operator.name in names]

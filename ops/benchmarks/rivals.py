@@ -1,0 +1,120 @@
+"""What our operators are measured beside: a copy, softmax attention, kernels of other libraries."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.passes import Copies, Function, Runnable, Shape
+
+HEAD_WIDTH = 64
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class UnavailableError(RuntimeError):
+    """A rival cannot run here, or not at this shape and dtype; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Something to measure an operator beside.
+
+    Attributes:
+        name: Its name in the rows.
+        prepare: Takes the shape, the dtype, the device and the operator's least traffic by pass;
+            returns what can be timed. Raises UnavailableError.
+    """
+
+    name: str
+    prepare: Callable[[Shape, torch.dtype, str, dict[str, int]], Runnable]
+
+
+def _copy(_shape: Shape, _dtype: torch.dtype, device: str, traffic: dict[str, int]) -> Runnable:
+    return Copies(traffic, device)
+
+
+# The bound of what is limited by memory: a plain copy of as many bytes as the pass has to move.
+COPY = Rival('copy', _copy)
+
+
+def sdpa(name: str, backend: SDPBackend) -> Rival:
+    """Softmax attention of PyTorch over as many tokens, with C / 64 heads of width 64.
+
+    q, k and v are (B, H, T, 64) views of (B, T, C) tensors, as projections give them.
+
+    Args:
+        name: Its name in the rows.
+        backend: The only backend that may run.
+    """
+
+    def prepare(
+        shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]
+    ) -> Runnable:
+        if dtype not in _HALF:
+            raise UnavailableError(f'it takes float16 and bfloat16, not {dtype}')
+        if shape['C'] % HEAD_WIDTH:
+            raise UnavailableError(f'{shape["C"]} channels are no multiple of {HEAD_WIDTH}')
+        heads = shape['C'] // HEAD_WIDTH
+        size = (shape['B'], shape['T'], heads, HEAD_WIDTH)
+        q, k, v = (torch.randn(size, dtype=dtype, device=device).requires_grad_() for _ in range(3))
+
+        def forward() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(
+                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+                )
+
+        return Function(forward, (q, k, v))
+
+    return Rival(name, prepare)
+
+
+SDPA = (
+    sdpa('sdpa_cudnn', SDPBackend.CUDNN_ATTENTION),
+    sdpa('sdpa_flash', SDPBackend.FLASH_ATTENTION),
+)
+
+
+def imported(module: str, package: str, name: str) -> Any:
+    """A function of a library that may be absent.
+
+    Args:
+        module: Where it is.
+        package: What a user would install.
+        name: The function.
+
+    Raises:
+        UnavailableError: If the library or the function is not there.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnavailableError(f'{package} cannot be used ({error})') from None
+
+
+def _fla_rwkv4(shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]) -> Runnable:
+    wkv = imported('fla.ops.rwkv4.fused_recurrent', 'fla-core', 'fused_recurrent_rwkv4')
+    batch, tokens, channels = (shape[axis] for axis in 'BTC')
+    w, u = (torch.randn(channels, device=device).requires_grad_() for _ in range(2))
+    k, v = (
+        torch.randn(batch, tokens, channels, dtype=dtype, device=device).requires_grad_()
+        for _ in range(2)
+    )
+    state = torch.zeros(batch, 3, 1, channels, device=device)  # two sums and their maximum
+
+    def forward() -> Tensor:
+        y, _ = wkv(w, u, k, v, state)
+        reversed_y, _ = wkv(w, u, k.flip(1), v.flip(1), state)
+        return y + reversed_y.flip(1)
+
+    return Function(forward, (w, u, k, v))
+
+
+# The causal WKV of fla-core run twice, the second time on flipped inputs, and the outputs added:
+# the two recurrences of Bi-WKV, though not its quotient.
+FLA_RWKV4_TWICE = Rival('fla_rwkv4_x2', _fla_rwkv4)

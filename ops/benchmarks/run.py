@@ -1,0 +1,213 @@
+"""Measure the operators on a GPU, beside their rivals.
+
+    python ops/benchmarks/run.py --out docs/benchmarks
+    python ops/benchmarks/run.py --op bi_wkv --shape 16x4096x192 --dtype bfloat16 --pass fwd
+    python ops/benchmarks/run.py --op bi_wkv --compare HEAD~1
+
+docs/measuring.md says how it measures and what the figures mean. Exit status: 0, 1 if an
+implementation of ours failed, 2 if nothing can be measured.
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import compare, results
+from benchmarks.passes import PASSES, Copies
+from benchmarks.timing import CudaTimer, Timer
+
+OPS = Path(__file__).resolve().parents[1]
+DTYPES = ('bfloat16', 'float16', 'float32')
+NO_GPU = 'Operators are measured on a CUDA GPU, and PyTorch finds none.'
+REPEATS = 200
+QUICK_REPEATS = 20
+BIG_COPY = 2**32  # bytes read plus bytes written, or half of what is free
+
+
+def main(argv: Sequence[str] | None = None, program: str = 'run.py') -> int:
+    """Measure, print the rows and write them; or compare two commits."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    if not has_gpu():
+        return complain(NO_GPU)
+    try:
+        if args.compare:
+            return compare.main(args, measuring_arguments(argv))
+        return measure(args, shlex.join([f'ops/benchmarks/{program}', *measuring_arguments(argv)]))
+    except ValueError as error:
+        return complain(f'{program}: {error}')
+
+
+def has_gpu() -> bool:
+    """Whether there is something to measure on."""
+    return torch.cuda.is_available()
+
+
+def measure(args: argparse.Namespace, command: str) -> int:
+    """Measure what the command line asks for.
+
+    Raises:
+        ValueError: If it asks for something that does not exist.
+    """
+    use_operators(args.ops)
+    # these two import linvis_ops, which has to come from the right folder first
+    from benchmarks.measure import Measurement, Selection
+    from benchmarks.registry import named
+
+    repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS)
+    selection = Selection(
+        named(args.op), args.shape, args.dtype, args.passes, args.impl, repeats, args.quick
+    )
+    selection.check()
+    with CudaTimer() as timer:
+        yardstick = yardsticks(timer, repeats, torch.cuda.mem_get_info()[0])
+        header = results.make_header(
+            args.ops,
+            f'python {command}',
+            args.commit,
+            **yardstick,
+            flush_mib=timer.flush_bytes / 2**20,
+        )
+        print(json.dumps(header, indent=1))
+        out = results.file(args.out, header) if args.out else None
+        measurement = Measurement(selection, timer, yardstick['copy_gb_s'])
+
+        def save() -> None:
+            if out:
+                results.write(out, results.assemble(header, measurement))
+
+        for row in measurement.run():
+            print(results.row_text(row), flush=True)
+            save()  # a run that is stopped keeps what it has
+        save()
+    return int(any(row['failed'] for row in measurement.left_out))
+
+
+def yardsticks(timer: Timer, repeats: int, free: int) -> dict[str, float]:
+    """Speed of a big copy and time of a call that does next to nothing.
+
+    Args:
+        timer: Measures a call.
+        repeats: Most repetitions.
+        free: Bytes of memory that are free.
+    """
+    total = min(BIG_COPY, free // 2)
+    copy = timer.times(Copies({'fwd': total}, timer.device).call('fwd').run, repeats)
+    timer.release()
+    one = torch.zeros(1, device=timer.device)
+    floor = timer.times(lambda: one.fill_(1.0), repeats)
+    return {
+        'copy_gb_s': round(total / copy.quantile(0.5) / 1e6, 1),
+        'copy_gib': round(total / 2**30, 2),
+        'floor_ms': round(floor.quantile(0.5), 5),
+    }
+
+
+def use_operators(folder: Path) -> None:
+    """Import linvis_ops from a folder.
+
+    Raises:
+        ValueError: If there is none, or another one is imported already.
+    """
+    wanted = folder.resolve() / 'linvis_ops'
+    if not (wanted / '__init__.py').is_file():
+        raise ValueError(f'{folder} has no package linvis_ops.')
+    sys.path.insert(0, str(wanted.parent))
+    try:
+        found = Path(importlib.import_module('linvis_ops').__file__ or '').resolve().parent
+    finally:
+        sys.path.pop(0)
+    if found != wanted:
+        raise ValueError(f'linvis_ops was imported from {found} before, not from {wanted}.')
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description='Measure the operators on a GPU, beside their rivals.',
+        parents=[_places()],
+        allow_abbrev=False,
+    )
+    made.add_argument('--op', nargs='+', default=[], metavar='NAME', help='default: all')
+    made.add_argument(
+        '--shape',
+        nargs='+',
+        type=sizes,
+        default=[],
+        metavar='SIZES',
+        help='such as 128x196x192, in the order of the axes; default: those of real networks',
+    )
+    made.add_argument('--dtype', nargs='+', default=[], choices=DTYPES)
+    made.add_argument('--pass', nargs='+', default=PASSES, choices=PASSES, dest='passes')
+    made.add_argument(
+        '--impl', nargs='+', default=[], metavar='NAME', help='backend, rival, ours or rivals'
+    )
+    made.add_argument(
+        '--repeats',
+        type=positive,
+        help=f'most repetitions of a call (default: {REPEATS}, with --quick {QUICK_REPEATS})',
+    )
+    made.add_argument(
+        '--quick', action='store_true', help='first shape and first dtype of each operator'
+    )
+    return made
+
+
+def _places() -> argparse.ArgumentParser:
+    """The part of the command line that says where, not what: no part of a recorded command."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    made.add_argument(
+        '--out', type=Path, help='JSON file for the results, or a folder for ops_GPU.json'
+    )
+    made.add_argument(
+        '--compare',
+        metavar='COMMIT',
+        help='measure linvis_ops of another commit, too, or of a folder with another checkout',
+    )
+    made.add_argument(
+        '--ops',
+        type=Path,
+        default=OPS,
+        metavar='FOLDER',
+        help='folder of the linvis_ops to measure (default: that of this checkout)',
+    )
+    made.add_argument('--commit', help='the commit to record where git cannot tell it')
+    return made
+
+
+def measuring_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments that say what to measure and how, as typed."""
+    return _places().parse_known_args(argv)[1]
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Sizes of a shape written as 128x196x192."""
+    parts = text.split('x')
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f'expected sizes such as 128x196x192, got {text!r}')
+    return tuple(int(part) for part in parts)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f'expected a whole number from 1 on, got {text!r}')
+    return int(text)
+
+
+def complain(message: str) -> int:
+    """Print one sentence to stderr; returns the exit status of what cannot be measured."""
+    print(message, file=sys.stderr)
+    return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main())

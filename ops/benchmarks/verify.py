@@ -1,0 +1,49 @@
+"""Tests first, then figures: measures operators only if their tests pass on this GPU.
+
+    python ops/benchmarks/verify.py --op bi_wkv --out docs/benchmarks
+
+Takes the options of run.py. Exit status: 1 if a test failed, else that of run.py.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Test the chosen operators, then measure them."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = run.parser().parse_args(argv)
+    if not run.has_gpu():
+        return run.complain(run.NO_GPU)
+    if args.ops != run.OPS:
+        return run.complain('verify.py: --ops is for run.py; the tests are those of this checkout.')
+    run.use_operators(args.ops)
+    from benchmarks.registry import named
+
+    try:
+        operators = [operator for operator in named(args.op) if not operator.missing()]
+    except ValueError as error:
+        return run.complain(f'verify.py: {error}')
+    files = [operator.test_file() for operator in operators]
+    if not passed(files):
+        print(f'Nothing is measured, since not all is well in {" ".join(files)}.', file=sys.stderr)
+        return 1
+    return run.main(argv, 'verify.py')
+
+
+def passed(files: Sequence[str]) -> bool:
+    """Whether the GPU tests in these files were run and passed."""
+    command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', *files]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""run.py and verify.py: arguments, files, exit status; tests before figures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import results, run, verify
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ['--op', 'bi_wkv', '--shape', '2x3x64', '--dtype', 'float32', '--pass', 'fwd']
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+
+
+@pytest.mark.parametrize('program', [run, verify], ids=['run', 'verify'])
+def test_missing_gpu_is_told_in_one_sentence(monkeypatch, capsys, program):
+    monkeypatch.setattr(run, 'has_gpu', lambda: False)
+    assert program.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    assert printed.err == 'Operators are measured on a CUDA GPU, and PyTorch finds none.\n'
+
+
+@needs_no_gpu
+def test_script_runs_from_anywhere(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'ops/benchmarks/verify.py')],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, f'{run.NO_GPU}\n')
+
+
+def test_rows_are_printed_and_written(with_gpu, capsys, tmp_path):
+    assert run.main([*TINY, '--impl', 'torch', 'copy', '--out', str(tmp_path)]) == 0
+    written = results.read(tmp_path / 'ops_stand-in.json')
+    assert [row['impl'] for row in written['rows']] == ['torch', 'copy']
+    assert written['header']['floor_ms'] == 2.0
+    out = capsys.readouterr().out
+    assert 'bi_wkv       torch          fwd' in out
+    assert '"copy_gb_s"' in out
+
+
+def test_yardsticks_are_a_big_copy_and_an_idle_call(timer):
+    free = 3 * 2**20
+    yardsticks = run.yardsticks(timer, 4, free)
+    assert timer.ran == 2
+    assert yardsticks == {
+        'copy_gb_s': round(free / 2 / 2e-3 / 1e9, 1),
+        'copy_gib': round(free / 2 / 2**30, 2),
+        'floor_ms': 2.0,
+    }
+
+
+def test_failure_of_ours_is_the_exit_status(with_gpu, monkeypatch, tmp_path):
+    def broken(*_arguments, backend):
+        raise ValueError('broken')
+
+    monkeypatch.setattr('linvis_ops.bi_wkv', broken)
+    out = tmp_path / 'ops.json'
+    assert run.main([*TINY, '--impl', 'torch', 'copy', '--out', str(out)]) == 1
+    written = results.read(out)
+    assert [row['impl'] for row in written['rows']] == ['copy']
+    assert [row['reason'] for row in written['left_out']] == ['ValueError: broken']
+
+
+def test_stopped_run_keeps_its_rows(with_gpu, monkeypatch, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / 'ops.json'
+    monkeypatch.setattr('benchmarks.passes.Copies.call', stop)
+    monkeypatch.setattr(
+        run, 'yardsticks', lambda *_: {'copy_gb_s': 1.0, 'copy_gib': 1.0, 'floor_ms': 1.0}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*TINY, '--impl', 'torch', 'copy', '--out', str(out)])
+    assert [row['impl'] for row in results.read(out)['rows']] == ['torch']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--op', 'wkv'], "run.py: there is no operator 'wkv'; there are bi_wkv"),
+        (['--impl', 'cuda'], "run.py: there is no implementation 'cuda'"),
+        (['--op', 'bi_wkv', '--shape', '1x2'], 'run.py: the shape 1x2 fits no operator'),
+        (['--ops', '/nowhere'], 'run.py: /nowhere has no package linvis_ops.'),
+        (['--compare', 'no-such-version'], "'no-such-version' is neither a commit nor a folder"),
+    ],
+)
+def test_wrong_names_are_told_in_one_sentence(with_gpu, capsys, arguments, message):
+    assert run.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [['--shape', '2x0'], ['--shape', 'a'], ['--repeats', '0'], ['--dtype', 'int8'], ['--qui']],
+)
+def test_malformed_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run.main(arguments)
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_recorded_command_holds_no_paths():
+    typed = ['--out', '/home/me/x.json', *TINY, '--ops=/home/me', '--commit', 'abc', '--quick']
+    assert run.measuring_arguments(typed) == [*TINY, '--quick']
+
+
+def test_quick_runs_repeat_less(with_gpu, tmp_path):
+    arguments = [*TINY, '--impl', 'copy', '--out', str(tmp_path / 'ops.json')]
+    repeats = []
+    for more in ([], ['--quick'], ['--quick', '--repeats', '3']):
+        assert run.main([*arguments, *more]) == 0
+        repeats.append(results.read(tmp_path / 'ops.json')['rows'][0]['repeats'])
+    assert repeats == [200, 20, 3]
+
+
+def test_operators_come_from_the_folder_that_is_named(tmp_path):
+    """In a process of its own: here linvis_ops is imported already."""
+    package = tmp_path / 'linvis_ops'
+    package.mkdir()
+    (package / '__init__.py').write_text('')
+    program = (
+        'import sys; from pathlib import Path; from benchmarks import run;'
+        'run.use_operators(Path(sys.argv[1])); import linvis_ops; print(linvis_ops.__file__)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)],
+        cwd=ROOT / 'ops',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()) == package / '__init__.py'
+    with pytest.raises(ValueError, match=r'linvis_ops was imported from .* before, not from'):
+        run.use_operators(tmp_path)
+
+
+def test_red_tests_stop_the_measurement(with_gpu, monkeypatch, capsys):
+    tested = []
+    monkeypatch.setattr(verify, 'passed', lambda files: tested.append(files))  # None: not passed
+    monkeypatch.setattr(run, 'main', lambda *_: pytest.fail('measured'))
+    assert verify.main(['--op', 'bi_wkv', 'q_shift']) == 1
+    assert tested == [['tests/ops/test_bi_wkv.py', 'tests/ops/test_q_shift.py']]
+    assert 'Nothing is measured' in capsys.readouterr().err
+
+
+def test_green_tests_let_it_measure(with_gpu, monkeypatch):
+    measured = []
+    monkeypatch.setattr(verify, 'passed', lambda files: True)
+    monkeypatch.setattr(run, 'main', lambda *call: measured.append(call) or 0)
+    assert verify.main(['--op', 'bi_wkv', '--quick']) == 0
+    assert measured == [(['--op', 'bi_wkv', '--quick'], 'verify.py')]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [(['--op', 'wkv'], "no operator 'wkv'"), (['--ops', '/other'], '--ops is for run.py')],
+)
+def test_verify_refuses_what_it_cannot_test(with_gpu, capsys, arguments, message):
+    assert verify.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('status', 'green'), [(0, True), (1, False), (5, False)])
+def test_green_is_that_gpu_tests_were_run_and_passed(monkeypatch, status, green):
+    """Status 5 of pytest: no test was run."""
+    commands = []
+
+    def stand_in(command, cwd, check):
+        commands.append((command[1:], cwd))
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(subprocess, 'run', stand_in)
+    assert verify.passed(['a.py', 'b.py']) is green
+    assert commands == [(['-m', 'pytest', '-q', '-m', 'gpu', 'a.py', 'b.py'], ROOT)]
+
+
+def test_failing_test_is_red(tmp_path):
+    file = tmp_path / 'test_operator.py'
+    file.write_text('import pytest\n\n@pytest.mark.gpu\ndef test_it(): assert False\n')
+    assert not verify.passed([str(file)])
+
+
+@pytest.mark.gpu
+def test_run_on_a_gpu(tmp_path):
+    out = tmp_path / 'ops.json'
+    assert run.main(['--op', 'bi_wkv', '--quick', '--repeats', '5', '--out', str(out)]) == 0
+    written = results.read(out)
+    rows = {(row['impl'], row['pass']): row for row in written['rows']}
+    for pass_name in ('fwd', 'bwd', 'fwd+bwd'):
+        triton = rows['triton', pass_name]
+        assert triton['graph']
+        assert triton['ms'] > rows['copy', pass_name]['ms'] / 2
+        assert triton['peak_mib'] * 2**20 > triton['least_bytes'] / 2
+    assert written['header']['copy_gb_s'] > 100

@@ -1,0 +1,211 @@
+"""The registry: complete entries, what they run, least traffic, rivals."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.passes import PASSES, Copies, Function
+from benchmarks.registry import OPERATORS, elements, named, tokens
+from benchmarks.rivals import FLA_RWKV4_TWICE, SDPA, UnavailableError, imported
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = {'bi_wkv': (2, 6, 8), 'q_shift': (2, 2, 3, 8), 'q_shift_mix': (2, 2, 3, 8)}
+PRESENT = [pytest.param(o, id=o.name) for o in OPERATORS if not o.missing()]
+
+
+def prepared(operator, backend='torch', dtype=torch.float32):
+    return operator.prepare(operator.shape(TINY[operator.name]), dtype, 'cpu', backend)
+
+
+def test_harness_needs_nothing_but_the_operators():
+    """Of this project; rivals are imported where they run."""
+    trees = [ast.parse(file.read_text()) for file in (ROOT / 'ops/benchmarks').glob('*.py')]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    roots = {name.split('.')[0] for name in names} - sys.stdlib_module_names
+    assert roots == {'benchmarks', 'linvis_ops', 'matplotlib', 'torch'}
+
+
+def test_names_are_unique():
+    names = [operator.name for operator in OPERATORS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize('operator', OPERATORS, ids=lambda o: o.name)
+def test_entry_is_complete(operator):
+    assert {len(sizes) for sizes in operator.shapes} == {len(operator.axes)}
+    assert len(set(operator.shapes)) == len(operator.shapes)
+    for sizes in operator.shapes:
+        shape = operator.shape(sizes)
+        assert elements(shape) >= tokens(shape) > 0
+    assert all(isinstance(getattr(torch, dtype), torch.dtype) for dtype in operator.dtypes)
+    assert 'copy' in [rival.name for rival in operator.rivals]
+
+
+@pytest.mark.parametrize('operator', PRESENT)
+def test_tests_of_an_entry_exist_and_have_gpu_tests(operator):
+    assert 'pytest.mark.gpu' in (ROOT / operator.test_file()).read_text()
+
+
+@pytest.mark.parametrize('operator', PRESENT)
+def test_entry_runs_all_passes(operator):
+    function = prepared(operator)
+    assert function.inputs
+    for pass_name in PASSES:
+        assert function.call(pass_name).run() is not None
+
+
+@pytest.mark.parametrize('operator', PRESENT)
+def test_backward_pass_is_one_registered_operator(operator):
+    """The operator is called directly, with what autograd gives to it."""
+    call = prepared(operator).call('bwd')
+    assert call.what.startswith(f'linvis::{operator.name}')
+    result = call.run()
+    first = result[0] if isinstance(result, (tuple, list)) else result
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+@pytest.mark.parametrize('operator', PRESENT)
+def test_backward_passes_give_the_gradients(operator, backend):
+    """The one that calls an operator, the one by autograd, and that of both passes."""
+    function = prepared(operator, backend)
+    outputs = function.forward()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.manual_seed(3)
+    grads = [torch.randn_like(y) for y in outputs]
+    expected = flat(torch.autograd.grad(outputs, function.inputs, grads))
+    for pass_name in ('bwd', 'fwd+bwd'):
+        torch.manual_seed(3)
+        call = function.call(pass_name)
+        torch.testing.assert_close(flat(call.run()), expected)
+        torch.testing.assert_close(flat(call.run()), expected)
+        if backend == 'reference':
+            assert call.what == 'autograd'
+
+
+def flat(result):
+    tensors = result if isinstance(result, (tuple, list)) else [result]
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def test_forward_pass_records_no_gradients():
+    (operator,) = named(['bi_wkv'])
+    assert not prepared(operator).call('fwd').run().requires_grad
+
+
+def test_views_do_not_hide_the_operator():
+    (operator,) = named(['q_shift'])
+    function = prepared(operator)
+    viewed = Function(lambda: function.forward().transpose(1, 2), function.inputs)
+    assert viewed.call('bwd').what == 'linvis::q_shift'
+
+
+def test_arithmetic_beside_the_operator_is_timed_with_it():
+    (operator,) = named(['q_shift'])
+    function = prepared(operator)
+    doubled = Function(lambda: 2 * function.forward(), function.inputs)
+    assert doubled.call('bwd').what == 'autograd'
+
+
+def test_unknown_pass_is_refused():
+    with pytest.raises(ValueError, match="there is no pass 'forward'; there are fwd, bwd, fwd"):
+        prepared(named(['q_shift'])[0]).call('forward')
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'dtype', 'forward', 'backward'),
+    [
+        # 6 and 10 bytes an element in bfloat16, twice that in float32
+        ('bi_wkv', (128, 196, 192), 'bfloat16', 28_901_376, 48_168_960),
+        ('bi_wkv', (16, 4096, 192), 'bfloat16', 75_497_472, 125_829_120),
+        ('bi_wkv', (16, 4096, 192), 'float32', 150_994_944, 251_658_240),
+        # 4 and 4
+        ('q_shift', (128, 14, 14, 192), 'bfloat16', 19_267_584, 19_267_584),
+        # 8 and 10
+        ('q_shift_mix', (128, 14, 14, 192), 'bfloat16', 38_535_168, 48_168_960),
+    ],
+)
+def test_least_traffic(name, sizes, dtype, forward, backward):
+    (operator,) = named([name])
+    traffic = operator.bytes_by_pass(operator.shape(sizes), getattr(torch, dtype))
+    assert traffic == {'fwd': forward, 'bwd': backward, 'fwd+bwd': forward + backward}
+
+
+@pytest.mark.parametrize('operator', PRESENT)
+def test_least_traffic_is_that_of_the_tensors(operator):
+    """Inputs read once, outputs written once; parameters (C,) are too small to count."""
+    shape = operator.shape(TINY[operator.name])
+    inputs = operator.inputs(shape, torch.bfloat16, 'cpu')
+    outputs = operator.prepare(shape, torch.bfloat16, 'cpu', 'torch').call('fwd').run()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    moved = sum(t.nbytes for t in (*inputs, *outputs) if t.dim() == 3)
+    assert operator.bytes_by_pass(shape, torch.bfloat16)['fwd'] == moved
+
+
+def test_tokens_and_elements_of_grids_and_heads():
+    assert tokens({'B': 2, 'rows': 3, 'columns': 5, 'C': 7}) == 15
+    assert elements({'B': 2, 'rows': 3, 'columns': 5, 'C': 7}) == 210
+    assert elements({'B': 2, 'T': 4, 'H': 3, 'K': 5, 'V': 6}) == 144
+
+
+def test_operators_by_name():
+    assert [o.name for o in named(['q_shift', 'bi_wkv'])] == ['bi_wkv', 'q_shift']
+    assert named([]) == list(OPERATORS)
+    with pytest.raises(ValueError, match="there is no operator 'wkv'; there are bi_wkv"):
+        named(['wkv'])
+
+
+def test_operator_that_is_not_there_says_so(monkeypatch):
+    monkeypatch.delattr('linvis_ops.q_shift')
+    assert named(['q_shift'])[0].missing() == 'linvis_ops has no operator q_shift'
+
+
+def test_copy_moves_the_bytes_of_the_pass():
+    call = Copies({'fwd': 10, 'bwd': 20}, 'cpu').call('bwd')
+    target = call.run()
+    assert target.nbytes == 10  # as many are read
+    assert target.any()
+
+
+def test_softmax_attention_runs_on_as_many_tokens():
+    by_name = {rival.name: rival for rival in SDPA}
+    shape = {'B': 2, 'T': 5, 'C': 128}
+    attention = by_name['sdpa_flash'].prepare(shape, torch.bfloat16, 'cpu', {})
+    assert attention.call('fwd').run().shape == (2, 2, 5, 64)
+    assert [g.shape for g in attention.call('bwd').run()] == [(2, 5, 2, 64)] * 3
+
+
+@pytest.mark.parametrize(
+    ('channels', 'dtype', 'reason'),
+    [(128, torch.float32, 'float16 and bfloat16, not torch.float32'), (96, torch.float16, '96 ch')],
+)
+def test_softmax_attention_says_what_it_cannot_run(channels, dtype, reason):
+    with pytest.raises(UnavailableError, match=reason):
+        SDPA[0].prepare({'B': 2, 'T': 5, 'C': channels}, dtype, 'cpu', {})
+
+
+def test_absent_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'fla', None)
+    with pytest.raises(UnavailableError, match='fla-core cannot be used'):
+        FLA_RWKV4_TWICE.prepare({'B': 1, 'T': 2, 'C': 3}, torch.float32, 'cpu', {})
+    with pytest.raises(UnavailableError, match='mathematics cannot be used'):
+        imported('math', 'mathematics', 'squareroot')
+
+
+def test_fla_runs_once_each_way(monkeypatch):
+    calls = []
+
+    def wkv(w, u, k, v, state):
+        calls.append(k)
+        return k + v + w + u, state
+
+    monkeypatch.setattr('benchmarks.rivals.imported', lambda *_: wkv)
+    function = FLA_RWKV4_TWICE.prepare({'B': 1, 'T': 2, 'C': 3}, torch.float32, 'cpu', {})
+    assert function.call('fwd').run().shape == (1, 2, 3)
+    torch.testing.assert_close(calls[1], calls[0].flip(1))
+    assert len(function.call('fwd+bwd').run()) == 4
