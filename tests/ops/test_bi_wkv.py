@@ -141,7 +141,7 @@ def test_reference_backend_has_second_derivatives():
 # Backends against float64
 
 
-def check_against_float64(backend, device, dtype, inputs):
+def check_against_float64(backend, device, dtype, inputs, factor=2.0):
     exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
     short = [t.detach().requires_grad_() for t in inputs]
     gy = torch.randn(inputs[3].shape, dtype=F64).to(dtype)
@@ -156,7 +156,7 @@ def check_against_float64(backend, device, dtype, inputs):
     g = gradients(y, inputs, gy.to(device))
     for name, tensor, a, p, e in zip(NAMES, inputs, g, g_plain, g64, strict=True):
         assert a.dtype == tensor.dtype
-        assert_matches(name, a.cpu(), e, p.cpu(), dtype)
+        assert_matches(name, a.cpu(), e, p.cpu(), dtype, factor)
 
 
 @pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
@@ -172,7 +172,7 @@ def test_backend_matches_float64_over_several_channel_blocks(backend, device):
     check_against_float64(backend, device, torch.float32, inputs)
 
 
-@pytest.mark.parametrize('tokens', [50, pytest.param(197, marks=not_interpreted)])
+@pytest.mark.parametrize('tokens', [12, pytest.param(197, marks=not_interpreted)])
 @pytest.mark.parametrize('decay', [0.0, 1.0, 2.0, 30.0])
 @pytest.mark.parametrize('keys', ['wide', 'equal'])
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
@@ -180,6 +180,17 @@ def test_extreme_inputs_are_finite_and_right(backend, device, keys, decay, token
     w, u, k, v = bi_wkv_inputs(1, tokens, 8, device=device, decay=decay)
     with torch.no_grad():
         k.uniform_(-80, 80) if keys == 'wide' else k.fill_(-80.0)
+    # Where one key dominates all tokens, v - y cancels, in plain PyTorch too: README.md, Numerics.
+    factor = 4.0 if keys == 'wide' else 2.0
+    check_against_float64(backend, device, torch.float32, (w, u, k, v), factor)
+
+
+@pytest.mark.parametrize('bonus', [-30.0, 30.0])
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_large_bonus_of_either_sign(backend, device, bonus):
+    w, u, k, v = bi_wkv_inputs(1, 6, 8, device=device)
+    with torch.no_grad():
+        u.fill_(bonus)
     check_against_float64(backend, device, torch.float32, (w, u, k, v))
 
 
@@ -216,6 +227,60 @@ def test_gpu_matches_float64_at_sizes_of_networks(tokens, channels):
         NAMES, gradients(y, check, gy), gradients(y64, exact, gy.double()), strict=True
     ):
         assert_matches(name, a, e, None, torch.bfloat16)
+
+
+TRITON_DEVICES = [param for param in BACKENDS if param.values[0] == 'triton']
+
+
+@pytest.mark.parametrize(
+    ('tokens', 'decay', 'length', 'blocks', 'group', 'at_once'),
+    [
+        (37, None, 16, 1, 0, 4),
+        (37, None, 8, 1, 2, 1),
+        (37, None, 8, 2, 3, 2),
+        (37, None, 4, 3, 0, 3),
+        (37, None, 16, 8, 2, 4),
+        # |w| that is too large for sums in registers
+        (11, 12.0, 4, 1, 0, 4),
+        (11, 12.0, 4, 1, 2, 1),
+    ],
+)
+@pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
+def test_every_division_into_lanes_computes_the_definition(
+    backend, device, tokens, decay, length, blocks, group, at_once
+):
+    from linvis_ops.bi_wkv.kernels_triton import bi_wkv_forward
+    from linvis_ops.bi_wkv.kernels_triton_backward import bi_wkv_backward as triton_backward
+    from linvis_ops.bi_wkv.launch import Launch
+
+    lanes = -(-tokens // (length * blocks))
+    launch = Launch(length, blocks, lanes, group, channels=32, warps=1, at_once=at_once)
+    batch, channels = (2, 35) if decay is None else (1, 8)
+    inputs = bi_wkv_inputs(batch, tokens, channels, device=device, decay=decay, key_scale=1.0)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    y64 = bi_wkv_quadratic(*exact)
+    plain = [t.detach().cpu().requires_grad_() for t in inputs]
+    y_plain = bi_wkv_quadratic(*plain)
+    given = [t.detach() for t in inputs]
+    assert_matches('y', bi_wkv_forward(*given, launch).cpu(), y64, y_plain, torch.float32)
+    gy = torch.randn(y64.shape)
+    result = triton_backward(gy.to(device), *given, launch)
+    for name, a, e, p in zip(
+        NAMES, result, gradients(y64, exact, gy), gradients(y_plain, plain, gy), strict=True
+    ):
+        assert_matches(name, a.cpu(), e, p, torch.float32)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (128, 196, 192), (1, 65536, 192), (2, 4200, 768)])
+def test_division_covers_the_sequence(shape):
+    from linvis_ops.bi_wkv.launch import backward_launch, forward_launch
+
+    for divide in (forward_launch, backward_launch):
+        launch = divide(torch.empty(shape, device='meta'))
+        size = launch.length * launch.blocks
+        assert (launch.lanes - 1) * size < shape[1] <= launch.lanes * size
+        # every lane asks every group and the lanes of its own group
+        assert (launch.lanes / launch.group + launch.group if launch.group else launch.lanes) <= 600
 
 
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)

@@ -11,16 +11,18 @@ def _triton_unavailable(*tensors: Tensor) -> str | None:
     return triton_unavailable(*tensors) or dtype_unavailable(*tensors)
 
 
-def _triton_forward(*args: Tensor) -> Tensor:
+def _triton_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from linvis_ops.bi_wkv import kernels_triton  # needs triton, which may be absent
 
-    return kernels_triton.bi_wkv_forward(*args)
+    return kernels_triton.bi_wkv_forward(w, u, k, v)
 
 
-def _triton_backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from linvis_ops.bi_wkv import kernels_triton
+def _triton_backward(
+    gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from linvis_ops.bi_wkv import kernels_triton_backward
 
-    return kernels_triton.bi_wkv_backward(*args)
+    return kernels_triton_backward.bi_wkv_backward(gy, w, u, k, v)
 
 
 def _always(*_tensors: Tensor) -> str | None:

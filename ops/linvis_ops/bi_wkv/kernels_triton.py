@@ -1,468 +1,478 @@
-"""Triton kernels of Bi-WKV: chunk summaries, a scan over chunks, outputs.
+"""Triton kernels of Bi-WKV: sums of lanes, sums of groups of lanes, outputs.
 
-B batch, T tokens, C channels, L chunk length, N = ceil(T / L) chunks, BC channels of a tile. Each
-pass exists once and serves both directions of time, and both the forward pass (log weights k,
-summands v and 1) and the backward pass (log weights -lse, summands gy and gy * y, with their
-moments). Everything is float32 inside.
+One thread works on one channel and walks along a lane of `blocks * L` tokens, in blocks of L that
+it holds in registers; a program is BC channels of one lane of one sequence. Nothing is exchanged
+between threads: what a lane needs to know of the others passes through memory, between launches.
+README.md of this folder, Implementation, has the reasons. Everything is float32 inside.
 
-A logarithm is a pair, value - w * distance, of which the distance is exact; a difference of two
-then is precise where both are large. A set of sums is exp(logarithm) * (sum0, sum1), with two
-moments in the backward pass: sums weighted by the distance of a term beyond that of the logarithm.
-States lie in a tensor (2, B, N, FIELDS, C) with the fields value, distance, sum0, sum1[, moment0,
-moment1]; direction 0 holds the tokens before a chunk, 1 those after it.
+A log weight is a pair, value - w * distance, of which the distance is exact. A set of sums is that
+pair and two sums in units of its exponential; NOTHING as value stands for no tokens. Where |w| or
+|u| is so large that the weights of one block leave the range of float32, sums are joined token by
+token instead (the functions called _slow).
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._triton import on_device
-from linvis_ops.bi_wkv.reference import CHUNK, SPAN
+from linvis_ops._triton_math import LOG2E, divide, exp2
+from linvis_ops.bi_wkv.launch import Launch, forward_launch
 
-# Up to this |w| the decays within a chunk are factored around its middle.
-FACTORED_DECAY = SPAN / (3 * CHUNK)
-
-
-@triton.jit
-def _load(p, batch, t, c, T, C: tl.constexpr, strides):
-    """Tile of a (B, T, C) tensor as float32, 0 outside it."""
-    mask = (t >= 0) & (t < T) & (c < C)
-    offset = batch * strides[0] + t.to(tl.int64) * strides[1] + c.to(tl.int64) * strides[2]
-    return tl.load(p + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_terms(inputs, strides, batch, t, c, T, C: tl.constexpr, BACKWARD: tl.constexpr):
-    """Log weight (value, distance) and two summands of the tokens t; nothing outside the picture.
-
-    Forward from (k, top, v): k - top, 0, v, 1. Backward from (lse value, lse distance, gy, y):
-    -lse, gy, gy * y.
-    """
-    valid = (t >= 0) & (t < T)
-    if BACKWARD:
-        value = -_load(inputs[0], batch, t, c, T, C, strides[0])
-        distance = -_load(inputs[1], batch, t, c, T, C, strides[0])
-        x0 = _load(inputs[2], batch, t, c, T, C, strides[1])
-        x1 = x0 * _load(inputs[3], batch, t, c, T, C, strides[0])
-    else:
-        top = tl.load(inputs[1] + batch * C + c, mask=c < C, other=0.0).to(tl.float32)
-        value = _load(inputs[0], batch, t, c, T, C, strides[0]) - top
-        distance = tl.zeros_like(value)
-        x0 = _load(inputs[2], batch, t, c, T, C, strides[1])
-        x1 = tl.zeros_like(value) + tl.where(valid, 1.0, 0.0)
-    return tl.where(valid, value, float('-inf')), distance, x0, x1
+NOTHING = tl.constexpr(-1e30)
+# Largest |w| * L and largest |u| for which a block is computed with one reference.
+SPAN = tl.constexpr(20.0)
+# Fields of a lane: value, distance and two sums of what the tokens after it see of it, then the
+# same for the tokens before it.
+LANE = tl.constexpr(8)
+# Fields of a block: value, distance and sums of what its first token sees of the lane before it.
+BLOCK = tl.constexpr(4)
 
 
 @triton.jit
-def _join(w, value, distance, s0, s1, m0, m1, value2, distance2, t0, t1, n0, n1):
-    """Add two sets of sums, each with its logarithm, at the larger of the two logarithms."""
-    second = value2 - w * distance2 > value - w * distance
+def exceeds(w2, value, distance, value2, distance2):
+    """Whether the second log weight is the larger one."""
+    return (value2 - value) * LOG2E > w2 * (distance2 - distance)
+
+
+@triton.jit
+def rescale(w2, value, distance, to_value, to_distance):
+    """exp(log weight - log weight of the reference), for a reference that is not much smaller."""
+    exponent = (value - to_value) * LOG2E - w2 * (distance - to_distance)
+    return exp2(tl.minimum(exponent, 120.0))
+
+
+@triton.jit
+def join(w2, value, distance, s0, s1, value2, distance2, t0, t1):
+    """Add two sets of sums, at the larger of their log weights."""
+    second = exceeds(w2, value, distance, value2, distance2)
     top_value = tl.where(second, value2, value)
     top_distance = tl.where(second, distance2, distance)
-    beyond = distance - top_distance
-    beyond2 = distance2 - top_distance
-    f = tl.exp((value - top_value) - w * beyond)
-    f2 = tl.exp((value2 - top_value) - w * beyond2)
-    return (
-        top_value,
-        top_distance,
-        s0 * f + t0 * f2,
-        s1 * f + t1 * f2,
-        (m0 + beyond * s0) * f + (n0 + beyond2 * t0) * f2,
-        (m1 + beyond * s1) * f + (n1 + beyond2 * t1) * f2,
-    )
+    a = rescale(w2, value, distance, top_value, top_distance)
+    b = rescale(w2, value2, distance2, top_value, top_distance)
+    return top_value, top_distance, s0 * a + t0 * b, s1 * a + t1 * b
 
 
 @triton.jit
-def _peak(w, value, distance):
-    """The largest logarithm of each column of a tile, as rows (1, BC)."""
-    rounded = value - w * distance
-    is_peak = rounded == tl.max(rounded, 0)[None, :]
-    top_distance = tl.max(tl.where(is_peak, distance, float('-inf')), 0)[None, :]
-    is_peak = is_peak & (distance == top_distance)
-    return tl.max(tl.where(is_peak, value, float('-inf')), 0)[None, :], top_distance
+def block_decay(w, w2, L: tl.constexpr):
+    """exp(-w) in float32, and what L multiplications by it lack of exp(-w L)."""
+    p = 1.0 - w / 14  # 1 - exp(-w) as a series, so that it is precise where w is small
+    for i in tl.static_range(12):
+        p = 1.0 - w / (13 - i) * p
+    p *= w
+    d = 1.0 - p
+    residual = (1.0 - d) - p
+    return d, exp2(-w2 * L) * (L * residual) / d
 
 
 @triton.jit
-def _load_state(states, row, N, chunk, c, C: tl.constexpr, FIELDS: tl.constexpr):
-    """Value, distance, sums and moments of a chunk; row is direction * B + batch."""
-    p = states + (row * N + chunk) * FIELDS * C + c
-    mask = c < C
-    value = tl.load(p, mask=mask, other=0.0)
-    distance = tl.load(p + C, mask=mask, other=0.0)
-    s0 = tl.load(p + 2 * C, mask=mask, other=0.0)
-    s1 = tl.load(p + 3 * C, mask=mask, other=0.0)
-    m0 = tl.zeros_like(s0)
-    m1 = tl.zeros_like(s0)
-    if FIELDS == 6:
-        m0 = tl.load(p + 4 * C, mask=mask, other=0.0)
-        m1 = tl.load(p + 5 * C, mask=mask, other=0.0)
-    return value, distance, s0, s1, m0, m1
+def load_fields(p, c_stride, mask):
+    """Four fields in a row: value, distance and two sums; nothing where the mask is false."""
+    value = tl.load(p, mask=mask, other=NOTHING)
+    distance = tl.load(p + c_stride, mask=mask, other=0.0)
+    s0 = tl.load(p + 2 * c_stride, mask=mask, other=0.0)
+    s1 = tl.load(p + 3 * c_stride, mask=mask, other=0.0)
+    return value, distance, s0, s1
 
 
 @triton.jit
-def _store_state(
-    states, row, N, chunk, c, C: tl.constexpr, FIELDS: tl.constexpr, value, distance, s0, s1, m0, m1
-):
-    p = states + (row * N + chunk) * FIELDS * C + c
-    mask = c < C
+def store_fields(p, c_stride, mask, value, distance, s0, s1):
+    """Store four fields in a row."""
     tl.store(p, value, mask=mask)
-    tl.store(p + C, distance, mask=mask)
-    tl.store(p + 2 * C, s0, mask=mask)
-    tl.store(p + 3 * C, s1, mask=mask)
-    if FIELDS == 6:
-        tl.store(p + 4 * C, m0, mask=mask)
-        tl.store(p + 5 * C, m1, mask=mask)
+    tl.store(p + c_stride, distance, mask=mask)
+    tl.store(p + 2 * c_stride, s0, mask=mask)
+    tl.store(p + 3 * c_stride, s1, mask=mask)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'B'])
-def bi_wkv_summary_kernel(
-    w,  # (C,)
-    inputs,  # see _load_terms
-    strides,
-    states,  # (2, B, N, FIELDS, C)
-    T,
-    N,
-    B,
-    C: tl.constexpr,
-    FIELDS: tl.constexpr,
-    L: tl.constexpr,
-    BC: tl.constexpr,
+@triton.jit
+def entering(
+    w2, sums, first, last, size, start, stop, mask, C: tl.constexpr, AT_ONCE: tl.constexpr
 ):
-    """Sums of one chunk as seen by the first token after it (0) and by the last before it (1)."""
-    NC: tl.constexpr = (C + BC - 1) // BC
-    pid = tl.program_id(0)
-    chunk = (pid // NC) % N
-    batch = (pid // NC // N).to(tl.int64)
-    i = tl.arange(0, L)[:, None]
-    c = (pid % NC) * BC + tl.arange(0, BC)[None, :]
-    b_w = tl.load(w + c, mask=c < C, other=0.0)  # (1, BC)
-    value, distance, x0, x1 = _load_terms(
-        inputs, strides, batch, chunk * L + i, c, T, C, FIELDS == 6
-    )
-    for direction in tl.static_range(2):
-        # to the token that sees the summary there are this many steps, less one
-        steps = (L - 1 - i if direction == 0 else i).to(tl.float32)
-        seen = distance + steps
-        top_value, top_distance = _peak(b_w, value, seen)
-        beyond = seen - top_distance
-        weight = tl.exp((value - top_value) - b_w * beyond)
-        _store_state(
-            states,
-            direction * B + batch,
-            N,
-            chunk,
-            c,
-            C,
-            FIELDS,
-            top_value,
-            top_distance,
-            tl.sum(weight * x0, 0)[None, :],
-            tl.sum(weight * x1, 0)[None, :],
-            tl.sum(weight * x0 * beyond, 0)[None, :],
-            tl.sum(weight * x1 * beyond, 0)[None, :],
-        )
+    """Joined sums of the entries first..last - 1, each of `size` tokens, for the tokens between.
 
-
-@triton.jit(do_not_specialize=['N', 'B'])
-def bi_wkv_scan_kernel(
-    w,
-    states,
-    N,
-    B,
-    C: tl.constexpr,
-    FIELDS: tl.constexpr,
-    L: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Turn the summaries of all chunks into the state that enters each, in place; one direction."""
-    NC: tl.constexpr = (C + BC - 1) // BC
-    pid = tl.program_id(0)
-    c = (pid % NC) * BC + tl.arange(0, BC)
-    row = (pid // NC).to(tl.int64)  # direction * B + batch
-    b_w = tl.load(w + c, mask=c < C, other=0.0)
-    zero = tl.zeros((BC,), tl.float32)
-    value, distance, s0, s1, m0, m1 = zero + float('-inf'), zero, zero, zero, zero, zero
-    for step in range(N):
-        chunk = tl.where(row < B, step, N - 1 - step)
-        value2, distance2, t0, t1, n0, n1 = _load_state(states, row, N, chunk, c, C, FIELDS)
-        _store_state(states, row, N, chunk, c, C, FIELDS, value, distance, s0, s1, m0, m1)
-        value, distance, s0, s1, m0, m1 = _join(
-            b_w, value, distance + L, s0, s1, m0, m1, value2, distance2, t0, t1, n0, n1
-        )
+    All entries are on one side of the tokens start..stop - 1, and are seen by the nearest of these.
+    """
+    nothing = tl.zeros_like(w2)
+    value, distance, s0, s1 = nothing + NOTHING, nothing, nothing, nothing
+    for m0 in range(first, last, AT_ONCE):
+        values, distances, x0s, x1s = (), (), (), ()
+        old_value = value
+        old_distance = distance
+        for i in tl.static_range(AT_ONCE):
+            m = m0 + i
+            before = m * size < start
+            gap = tl.where(before, start - (m + 1) * size, m * size - stop)
+            p = sums + m * (LANE * C) + tl.where(before, 0, LANE // 2 * C)
+            x, y, x0, x1 = load_fields(p, C, mask & (m < last))
+            values = values + (x,)
+            distances = distances + (y + gap.to(tl.float32),)
+            x0s = x0s + (x0,)
+            x1s = x1s + (x1,)
+        for i in tl.static_range(AT_ONCE):
+            more = exceeds(w2, value, distance, values[i], distances[i])
+            value = tl.where(more, values[i], value)
+            distance = tl.where(more, distances[i], distance)
+        scale = rescale(w2, old_value, old_distance, value, distance)
+        s0 *= scale
+        s1 *= scale
+        for i in tl.static_range(AT_ONCE):
+            scale = rescale(w2, values[i], distances[i], value, distance)
+            s0 += scale * x0s[i]
+            s1 += scale * x1s[i]
+    return value, distance, s0, s1
 
 
 @triton.jit
-def _factored_sums(
-    w, u, value, distance, x0, x1, states, batch, chunk, c, N, B, C: tl.constexpr,
-    FIELDS: tl.constexpr, L: tl.constexpr,
+def entering_lane(
+    w2, lanes, groups, batch, n, N, size, mask, c, C: tl.constexpr, GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all tokens for those of a chunk, with decays factored around its middle."""
-    i = tl.arange(0, L)[:, None]
-    j = tl.arange(0, L)[None, :]
-    middle: tl.constexpr = (L - 1) / 2
-    zero = tl.zeros_like(x0)
-    top_value, top_distance = _peak(w, value, distance)
-    weight = tl.exp((value - top_value) - w * (distance - top_distance))
-    rest_value, rest_distance = tl.full(w.shape, float('-inf'), tl.float32), tl.zeros_like(w)
-    r0, r1, q0, q1 = zero, zero, zero, zero
-    for direction in tl.static_range(2):
-        position = (i.to(tl.float32) - middle) * (1 - 2 * direction)
-        earlier = (j < i if direction == 0 else j > i).to(tl.float32)  # (L, L)
-        table = tl.exp(w * position)
-        p0 = weight * x0 * table
-        p1 = weight * x1 * table
-        s0 = tl.dot(earlier, p0, input_precision='ieee')
-        s1 = tl.dot(earlier, p1, input_precision='ieee')
-        m0, m1 = zero, zero
-        if FIELDS == 6:
-            beyond = distance - position - top_distance
-            m0 = tl.dot(earlier, p0 * beyond, input_precision='ieee')
-            m1 = tl.dot(earlier, p1 * beyond, input_precision='ieee')
-        o_value, o_distance, t0, t1, n0, n1 = _load_state(
-            states, direction * B + batch, N, chunk, c, C, FIELDS
-        )
-        side_value, side_distance, s0, s1, m0, m1 = _join(
-            w, top_value, top_distance - 1, s0, s1, m0, m1,
-            o_value, o_distance + middle, t0, t1, n0, n1,
-        )  # fmt: skip
-        s0 = s0 / table
-        s1 = s1 / table
-        m0 = m0 / table + position * s0
-        m1 = m1 / table + position * s1
-        rest_value, rest_distance, r0, r1, q0, q1 = _join(
-            w, rest_value, rest_distance, r0, r1, q0, q1,
-            side_value, side_distance, s0, s1, m0, m1,
-        )  # fmt: skip
-    return _join(
-        w, value + u, distance, x0, x1, zero, zero,
-        rest_value, rest_distance, r0, r1, q0, q1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _paired_sums(
-    w, u, value, distance, x0, x1, states, batch, chunk, c, N, B, C: tl.constexpr,
-    FIELDS: tl.constexpr, L: tl.constexpr, inputs, strides, T,
-):  # fmt: skip
-    """Sums over all tokens for those of a chunk, pair by pair within it: for any decay."""
-    i = tl.arange(0, L)[:, None]
-    zero = tl.zeros_like(x0)
-    value, distance, s0, s1, m0, m1 = value + u, distance, x0, x1, zero, zero
-    for j in range(L):
-        t = chunk * L + j + tl.zeros((1, 1), tl.int32)
-        value2, distance2, t0, t1 = _load_terms(inputs, strides, batch, t, c, T, C, FIELDS == 6)
-        steps = tl.abs(i - j).to(tl.float32) - 1
-        value2 = tl.where(i == j, float('-inf'), value2)
-        value, distance, s0, s1, m0, m1 = _join(
-            w, value, distance, s0, s1, m0, m1, value2, distance2 + steps, t0, t1, 0.0, 0.0
-        )
-    for direction in tl.static_range(2):
-        steps = (i if direction == 0 else L - 1 - i).to(tl.float32)
-        o_value, o_distance, t0, t1, n0, n1 = _load_state(
-            states, direction * B + batch, N, chunk, c, C, FIELDS
-        )
-        value, distance, s0, s1, m0, m1 = _join(
-            w, value, distance, s0, s1, m0, m1, o_value, o_distance + steps, t0, t1, n0, n1
-        )
-    return value, distance, s0, s1, m0, m1
-
-
-@triton.jit
-def _sums(
-    w, u, inputs, strides, states, batch, chunk, c, T, N, B, C: tl.constexpr,
-    FIELDS: tl.constexpr, L: tl.constexpr, FACTORED: tl.constexpr,
-):  # fmt: skip
-    """Bidirectional decayed sums for the tokens of a chunk: logarithm, two sums, two moments."""
-    t = chunk * L + tl.arange(0, L)[:, None]
-    value, distance, x0, x1 = _load_terms(inputs, strides, batch, t, c, T, C, FIELDS == 6)
-    if tl.max(tl.abs(w)) <= FACTORED:
-        value, distance, s0, s1, m0, m1 = _factored_sums(
-            w, u, value, distance, x0, x1, states, batch, chunk, c, N, B, C, FIELDS, L
-        )
+    """What enters lane n from before and from behind: two sets of sums."""
+    p_lanes = lanes + batch * N * (LANE * C) + c
+    start = n * size
+    stop = start + size
+    if GROUP == 0:
+        fv, fd, f0, f1 = entering(w2, p_lanes, 0, n, size, start, stop, mask, C, AT_ONCE)
+        bv, bd, b0, b1 = entering(w2, p_lanes, n + 1, N, size, start, stop, mask, C, AT_ONCE)
     else:
-        value, distance, s0, s1, m0, m1 = _paired_sums(
-            w, u, value, distance, x0, x1, states, batch, chunk, c, N, B, C, FIELDS, L,
-            inputs, strides, T,
-        )  # fmt: skip
-    return value, distance, s0, s1, m0, m1
+        G = (N + GROUP - 1) // GROUP
+        g = n // GROUP
+        p_groups = groups + batch * G * (LANE * C) + c
+        first = g * GROUP
+        last = tl.minimum(first + GROUP, N)
+        span = size * GROUP
+        fv, fd, f0, f1 = entering(w2, p_groups, 0, g, span, start, stop, mask, C, AT_ONCE)
+        v, d, s0, s1 = entering(w2, p_lanes, first, n, size, start, stop, mask, C, AT_ONCE)
+        fv, fd, f0, f1 = join(w2, fv, fd, f0, f1, v, d, s0, s1)
+        bv, bd, b0, b1 = entering(w2, p_groups, g + 1, G, span, start, stop, mask, C, AT_ONCE)
+        v, d, s0, s1 = entering(w2, p_lanes, n + 1, last, size, start, stop, mask, C, AT_ONCE)
+        bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, v, d, s0, s1)
+    return fv, fd, f0, f1, bv, bd, b0, b1
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'B'])
-def bi_wkv_fwd_kernel(
-    w,
-    u,
-    inputs,  # k, top (B, C), v
-    strides,
-    states,
-    y,  # (B, T, C), contiguous
-    lse,  # (2, B, T, C), float32: value and distance; written if LSE
-    T,
-    N,
-    B,
-    LSE: tl.constexpr,
-    C: tl.constexpr,
-    FIELDS: tl.constexpr,
-    FACTORED: tl.constexpr,
-    L: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Outputs of one chunk."""
-    NC: tl.constexpr = (C + BC - 1) // BC
-    pid = tl.program_id(0)
-    chunk = (pid // NC) % N
-    batch = (pid // NC // N).to(tl.int64)
-    t = chunk * L + tl.arange(0, L)[:, None]
-    c = (pid % NC) * BC + tl.arange(0, BC)[None, :]
-    b_w = tl.load(w + c, mask=c < C, other=0.0)  # (1, BC)
-    b_u = tl.load(u + c, mask=c < C, other=0.0)
-    value, distance, numerator, denominator, _m0, _m1 = _sums(
-        b_w, b_u, inputs, strides, states, batch, chunk, c, T, N, B, C, FIELDS, L, FACTORED
-    )
-    out = batch * T * C + t.to(tl.int64) * C + c
-    valid = (t < T) & (c < C)
-    tl.store(y + out, (numerator / denominator).to(y.dtype.element_ty), mask=valid)
-    if LSE:
-        tl.store(lse + out, value + tl.log(denominator), mask=valid)
-        tl.store(lse + B.to(tl.int64) * T * C + out, distance, mask=valid)
+@triton.jit
+def in_range(w, u, L: tl.constexpr):
+    """Whether the weights of a block stay in the range of float32 beside one reference."""
+    return (tl.max(tl.abs(w)) * L <= SPAN) & (tl.max(tl.abs(u)) <= SPAN)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'B'])
-def bi_wkv_bwd_kernel(
-    w,
-    u,
-    terms,  # k, top (B, C), v
-    term_strides,
-    inputs,  # lse value, lse distance, gy, y
-    strides,
-    states,
-    dk,  # (B, T, C), contiguous
-    dv,  # (B, T, C), contiguous
-    partial,  # (2, B, N, C), float32: dw and du of one chunk
-    T,
-    N,
-    B,
-    C: tl.constexpr,
-    FIELDS: tl.constexpr,
-    FACTORED: tl.constexpr,
-    L: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Gradients of one chunk, from decayed sums of gy and gy * y with log weights -lse."""
-    NC: tl.constexpr = (C + BC - 1) // BC
-    pid = tl.program_id(0)
-    chunk = (pid // NC) % N
-    batch = (pid // NC // N).to(tl.int64)
-    t = chunk * L + tl.arange(0, L)[:, None]
-    c = (pid % NC) * BC + tl.arange(0, BC)[None, :]
-    mask = c < C
-    valid = (t < T) & mask
-    b_w = tl.load(w + c, mask=mask, other=0.0)  # (1, BC)
-    b_u = tl.load(u + c, mask=mask, other=0.0)
-    value, distance, s0, s1, m0, m1 = _sums(
-        b_w, b_u, inputs, strides, states, batch, chunk, c, T, N, B, C, FIELDS, L, FACTORED
-    )
-    m0 += distance * s0
-    m1 += distance * s1
-    b_k, _zero, b_v, _one = _load_terms(terms, term_strides, batch, t, c, T, C, False)
-    own_value, own_distance, b_g, b_gy = _load_terms(inputs, strides, batch, t, c, T, C, True)
-    weight = tl.exp(b_k + value - b_w * distance)
-    own = tl.exp(b_k + b_u + own_value - b_w * own_distance)
-    out = batch * T * C + t.to(tl.int64) * C + c
-    tl.store(dv + out, (weight * s0).to(dv.dtype.element_ty), mask=valid)
-    tl.store(dk + out, (weight * (b_v * s0 - s1)).to(dk.dtype.element_ty), mask=valid)
-    p_d = partial + (batch * N + chunk) * C + c
-    b_dw = tl.where(valid, weight * (m1 - b_v * m0), 0.0)
-    b_du = tl.where(valid, own * (b_v * b_g - b_gy), 0.0)
-    tl.store(p_d, tl.sum(b_dw, 0)[None, :], mask=mask)
-    tl.store(p_d + B.to(tl.int64) * N * C, tl.sum(b_du, 0)[None, :], mask=mask)
+@triton.jit
+def place(pid, N, C: tl.constexpr, BC: tl.constexpr):
+    """Sequence, lane, channels of a program, and which of the channels exist."""
+    tiles: tl.constexpr = (C + BC - 1) // BC
+    c = (pid % tiles) * BC + tl.arange(0, BC)
+    if C % BC == 0:
+        mask = tl.full((BC,), True, tl.int1)
+    else:
+        mask = c < C
+    return (pid // tiles // N).to(tl.int64), (pid // tiles) % N, c, mask
 
 
-def _launch(v: Tensor, backward: bool) -> tuple[dict[str, int], tuple[int, int, int], int]:
-    """Constants, sizes (T, N, B) and number of channel tiles of the launches for (B, T, C)."""
-    batch, tokens, channels = v.shape
-    block = min(64, max(16, triton.next_power_of_2(channels)))
-    constants = {'C': channels, 'FIELDS': 6 if backward else 4, 'L': CHUNK, 'BC': block}
-    return constants, (tokens, triton.cdiv(tokens, CHUNK), batch), triton.cdiv(channels, block)
+@triton.jit
+def load_block(p, stride: tl.constexpr, left, mask, other: tl.constexpr, L: tl.constexpr):
+    """L tokens as float32; `other` beyond the last `left` of the sequence."""
+    x = ()
+    for r in tl.static_range(L):
+        x = x + (tl.load(p + r * stride, mask=mask & (r < left), other=other).to(tl.float32),)
+    return x
 
 
-def _states(
-    w: Tensor, inputs: tuple[Tensor, ...], strides: tuple[Any, ...], v: Tensor, backward: bool
-) -> Tensor:
-    """States that enter every chunk."""
-    constants, (tokens, chunks, batch), tiles = _launch(v, backward)
-    states = torch.empty(
-        (2, batch, chunks, constants['FIELDS'], v.shape[2]), dtype=torch.float32, device=v.device
-    )
-    bi_wkv_summary_kernel[(tiles * chunks * batch,)](
-        w, inputs, strides, states, tokens, chunks, batch, **constants
-    )
-    bi_wkv_scan_kernel[(tiles * 2 * batch,)](w, states, chunks, batch, **constants)
-    return states
+@triton.jit
+def weigh(k, v, value, shift, L: tl.constexpr):
+    """Weights exp(k - reference) of the tokens of a block, and their products with v."""
+    e, x = (), ()
+    for r in tl.static_range(L):
+        weight = exp2((k[r] - value) * LOG2E + shift)
+        e = e + (weight,)
+        x = x + (weight * v[r],)
+    return e, x
 
 
-def _forward(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, top: Tensor, y: Tensor, lse: Tensor | None
-) -> None:
-    """Write y, and lse unless it is None; both contiguous."""
-    inputs, strides = (k, top, v), (k.stride(), v.stride())
-    states = _states(w, inputs, strides, v, backward=False)
-    constants, sizes, tiles = _launch(v, backward=False)
-    bi_wkv_fwd_kernel[(tiles * sizes[1] * sizes[2],)](
-        w,
-        u,
-        inputs,
-        strides,
-        states,
-        y,
-        y if lse is None else lse,
-        *sizes,
-        LSE=lse is not None,
-        FACTORED=FACTORED_DECAY,
-        **constants,
-    )
+@triton.jit
+def sweep(a, d, x, L: tl.constexpr, REVERSE: tl.constexpr):
+    """What each token sees of the tokens before it (or after it), and what the next block sees."""
+    seen = ()
+    for i in tl.static_range(L):
+        seen = seen + (a,)
+        a = a * d + x[L - 1 - i if REVERSE else i]
+    return seen, a
 
 
-def bi_wkv_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Output (B, T, C), contiguous, in the dtype of v."""
-    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with on_device(v):
-        _forward(w.contiguous(), u.contiguous(), k, v, k.amax(1), y, None)
-    return y
+@triton.jit
+def fold(a, d, x, L: tl.constexpr, REVERSE: tl.constexpr):
+    """What the next block sees of this one: the second result of `sweep`."""
+    for i in tl.static_range(L):
+        a = a * d + x[L - 1 - i if REVERSE else i]
+    return a
 
 
-def bi_wkv_backward(
-    gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by w and u (float32, summed in a fixed order), k and v (in their dtype)."""
-    w, u, top = w.contiguous(), u.contiguous(), k.amax(1)
-    lse = torch.empty((2, *v.shape), dtype=torch.float32, device=v.device)
-    y = torch.empty(v.shape, dtype=torch.float32, device=v.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with on_device(v):
-        _forward(w, u, k, v, top, y, lse)
-        inputs, strides = (lse[0], lse[1], gy, y), (y.stride(), gy.stride())
-        states = _states(w, inputs, strides, v, backward=True)
-        constants, sizes, tiles = _launch(v, backward=True)
-        _, chunks, batch = sizes
-        partial = torch.empty((2, batch * chunks, v.shape[2]), dtype=torch.float32, device=v.device)
-        bi_wkv_bwd_kernel[(tiles * chunks * batch,)](
-            w,
-            u,
-            (k, top, v),
-            (k.stride(), v.stride()),
-            inputs,
-            strides,
-            states,
-            dk,
-            dv,
-            partial,
-            *sizes,
-            FACTORED=FACTORED_DECAY,
-            **constants,
+@triton.jit
+def slow_token(
+    w2, u, k, v, i, count, mask, k_stride: tl.constexpr, v_stride: tl.constexpr, L: tl.constexpr,
+    fv, fd, f0, f1, bv, bd, b0, b1,
+):  # fmt: skip
+    """Sums for token i of a block of `count`, joined token by token: before, behind, all.
+
+    f is what the first token of the block sees before it and b what the last of L sees behind it.
+    """
+    fd += i
+    bd += L - 1 - i
+    for j in range(count):
+        x = tl.load(k + j * k_stride, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(v + j * v_stride, mask=mask, other=0.0).to(tl.float32)
+        steps = tl.abs(i - j) - 1.0
+        earlier = tl.where(j < i, x, NOTHING)
+        fv, fd, f0, f1 = join(
+            w2, fv, fd, f0, f1, earlier, tl.abs(steps), y * (j < i), 1.0 * (j < i)
         )
-    return partial[0].sum(0), partial[1].sum(0), dk, dv
+        later = tl.where(j > i, x, NOTHING)
+        bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, later, tl.abs(steps), y * (j > i), 1.0 * (j > i))
+    value, distance, s0, s1 = join(w2, fv, fd, f0, f1, bv, bd, b0, b1)
+    x = tl.load(k + i * k_stride, mask=mask, other=0.0).to(tl.float32) + u
+    y = tl.load(v + i * v_stride, mask=mask, other=0.0).to(tl.float32)
+    value, distance, s0, s1 = join(w2, value, distance, s0, s1, x, 0.0, y, 1.0)
+    return fv, fd, f0, f1, bv, bd, b0, b1, value, distance, s0, s1
+
+
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
+def bi_wkv_lane_kernel(
+    w,  # (C,)
+    u,  # (C,)
+    k,  # (B, T, C), strides (k_batch, k_stride, 1)
+    v,
+    lanes,  # (B, N, LANE, C)
+    states,  # (B, N, blocks, BLOCK, C)
+    T,
+    N,
+    blocks,
+    k_batch,
+    v_batch,
+    k_stride: tl.constexpr,
+    v_stride: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Sums of a lane for the tokens outside it, and for each of its blocks of the tokens before."""
+    batch, n, c, mask = place(tl.program_id(0), N, C, BC)
+    b_w = tl.load(w + c, mask=mask, other=0.0)
+    b_u = tl.load(u + c, mask=mask, other=0.0)
+    w2 = b_w * LOG2E
+    d, _lack = block_decay(b_w, w2, L)
+    fast = in_range(b_w, b_u, L)
+    start = n * blocks * L
+    p_k = k + batch * k_batch + start.to(tl.int64) * k_stride + c
+    p_v = v + batch * v_batch + start.to(tl.int64) * v_stride + c
+    p_state = states + (batch * N + n) * blocks * (BLOCK * C) + c
+    zero = tl.zeros((BC,), tl.float32)
+    fv, fd, f0, f1 = zero + NOTHING, zero, zero, zero
+    bv, bd, b0, b1 = zero + NOTHING, zero, zero, zero
+    for s in range(tl.minimum(blocks, tl.cdiv(T - start, L))):
+        left = T - start - s * L
+        store_fields(p_state, C, mask, fv, fd, f0, f1)
+        if fast:
+            b_k = load_block(p_k, k_stride, left, mask, float('-inf'), L)
+            b_v = load_block(p_v, v_stride, left, mask, 0.0, L)
+            top = b_k[0]
+            for r in tl.static_range(1, L):
+                top = tl.maximum(top, b_k[r])
+            e, x = weigh(b_k, b_v, top, 0.0, L)
+            s0 = fold(zero, d, x, L, False)
+            s1 = fold(zero, d, e, L, False)
+            fv, fd, f0, f1 = join(w2, fv, fd + L, f0, f1, top, 0.0, s0, s1)
+            s0 = fold(zero, d, x, L, True)
+            s1 = fold(zero, d, e, L, True)
+            bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, top, s * L * 1.0, s0, s1)
+        else:
+            for j in range(tl.minimum(left, L)):
+                x = tl.load(p_k + j * k_stride, mask=mask, other=0.0).to(tl.float32)
+                y = tl.load(p_v + j * v_stride, mask=mask, other=0.0).to(tl.float32)
+                fv, fd, f0, f1 = join(w2, fv, fd + 1, f0, f1, x, 0.0, y, 1.0)
+                bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, x, (s * L + j) * 1.0, y, 1.0)
+        p_k += L * k_stride
+        p_v += L * v_stride
+        p_state += BLOCK * C
+    p_lane = lanes + (batch * N + n) * (LANE * C) + c
+    store_fields(p_lane, C, mask, fv, fd, f0, f1)
+    store_fields(p_lane + LANE // 2 * C, C, mask, bv, bd, b0, b1)
+
+
+@triton.jit(do_not_specialize=['N', 'G', 'size'])
+def bi_wkv_group_kernel(
+    w,
+    lanes,  # (B, N, LANE, C)
+    groups,  # (B, G, LANE, C)
+    N,
+    G,
+    size,  # tokens of a lane
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Sums of GROUP lanes for the tokens outside the group."""
+    batch, g, c, mask = place(tl.program_id(0), G, C, BC)
+    w2 = tl.load(w + c, mask=mask, other=0.0) * LOG2E
+    p = lanes + batch * N * (LANE * C) + c
+    first = g * GROUP
+    last = tl.minimum(first + GROUP, N)
+    start = first * size
+    stop = start + GROUP * size
+    value, distance, s0, s1 = entering(w2, p, first, last, size, stop, stop, mask, C, AT_ONCE)
+    p_group = groups + (batch * G + g) * (LANE * C) + c
+    store_fields(p_group, C, mask, value, distance, s0, s1)
+    value, distance, s0, s1 = entering(w2, p, first, last, size, start, start, mask, C, AT_ONCE)
+    store_fields(p_group + LANE // 2 * C, C, mask, value, distance, s0, s1)
+
+
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
+def bi_wkv_out_kernel(
+    w,
+    u,
+    k,
+    v,
+    y,  # (B, T, C), contiguous
+    lanes,
+    groups,
+    states,
+    T,
+    N,
+    blocks,
+    k_batch,
+    v_batch,
+    k_stride: tl.constexpr,
+    v_stride: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    BC: tl.constexpr,
+    GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Outputs of a lane, from its last block to its first."""
+    # what the launch before read last is read first: it may still be in the cache
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, n, c, mask = place(pid, N, C, BC)
+    b_w = tl.load(w + c, mask=mask, other=0.0)
+    b_u = tl.load(u + c, mask=mask, other=0.0)
+    w2 = b_w * LOG2E
+    d, lack = block_decay(b_w, w2, L)
+    own = exp2(b_u * LOG2E)
+    fast = in_range(b_w, b_u, L)
+    fv, fd, f0, f1, bv, bd, b0, b1 = entering_lane(
+        w2, lanes, groups, batch, n, N, blocks * L, mask, c, C, GROUP, AT_ONCE
+    )
+    start = n * blocks * L
+    used = tl.minimum(blocks, tl.cdiv(T - start, L))
+    for i in range(used):
+        s = used - 1 - i
+        t = (start + s * L).to(tl.int64)
+        left = T - start - s * L
+        p_k = k + batch * k_batch + t * k_stride + c
+        p_v = v + batch * v_batch + t * v_stride + c
+        p_y = y + (batch * T + t) * C + c
+        p_state = states + ((batch * N + n) * blocks + s) * (BLOCK * C) + c
+        qv, qd, q0, q1 = load_fields(p_state, C, mask)
+        qv, qd, q0, q1 = join(w2, qv, qd, q0, q1, fv, fd + s * L, f0, f1)
+        if fast:
+            b_k = load_block(p_k, k_stride, left, mask, float('-inf'), L)
+            b_v = load_block(p_v, v_stride, left, mask, 0.0, L)
+            value, distance = reference(w2, b_k, qv, qd, bv, bd, L)
+            e, x = weigh(b_k, b_v, value, w2 * distance, L)
+            scale = rescale(w2, qv, qd, value, distance)
+            q0 *= scale
+            q1 *= scale
+            scale = rescale(w2, bv, bd, value, distance)
+            b0 *= scale
+            b1 *= scale
+            behind0, a0 = sweep(b0, d, x, L, True)
+            behind1, a1 = sweep(b1, d, e, L, True)
+            bv, bd, b0, b1 = value, distance, a0 + lack * b0, a1 + lack * b1
+            for r in tl.static_range(L):
+                numerator = (q0 + behind0[L - 1 - r]) + own * x[r]
+                denominator = (q1 + behind1[L - 1 - r]) + own * e[r]
+                out = divide(numerator, denominator).to(y.dtype.element_ty)
+                tl.store(p_y + r * C, out, mask=mask & (r < left))
+                q0 = q0 * d + x[r]
+                q1 = q1 * d + e[r]
+        else:
+            count = tl.minimum(left, L)
+            for r in range(count):
+                sums = slow_token(
+                    w2, b_u, p_k, p_v, r, count, mask, k_stride, v_stride, L,
+                    qv, qd, q0, q1, bv, bd, b0, b1,
+                )  # fmt: skip
+                tl.store(p_y + r * C, (sums[10] / sums[11]).to(y.dtype.element_ty), mask=mask)
+            bd += L
+            for j in range(count):
+                a = tl.load(p_k + j * k_stride, mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(p_v + j * v_stride, mask=mask, other=0.0).to(tl.float32)
+                bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, a, j * 1.0, x, 1.0)
+
+
+@triton.jit
+def reference(w2, k, fv, fd, bv, bd, L: tl.constexpr):
+    """The largest log weight of a block: of its tokens, and of what enters from both sides."""
+    value = k[0]
+    for r in tl.static_range(1, L):
+        value = tl.maximum(value, k[r])
+    distance = tl.zeros_like(value)
+    more = exceeds(w2, value, distance, fv, fd)
+    value = tl.where(more, fv, value)
+    distance = tl.where(more, fd, distance)
+    more = exceeds(w2, value, distance, bv, bd)
+    return tl.where(more, bv, value), tl.where(more, bd, distance)
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """The tensor (B, T, C) with channels next to one another in memory, copied if they are not."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def lane_sums(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, launch: Launch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of lanes, of groups (those of the lanes if there are no groups), states of blocks."""
+    batch, tokens, channels = v.shape
+    lanes = v.new_empty((batch, launch.lanes, LANE.value, channels), dtype=w.dtype)
+    states = v.new_empty((batch, launch.lanes, launch.blocks, BLOCK.value, channels), dtype=w.dtype)
+    tiles = triton.cdiv(channels, launch.channels)
+    bi_wkv_lane_kernel[(batch * launch.lanes * tiles,)](
+        w, u, k, v, lanes, states, tokens, launch.lanes, launch.blocks,
+        k.stride(0), v.stride(0), k.stride(1), v.stride(1),
+        channels, launch.length, launch.channels, num_warps=launch.warps,
+    )  # fmt: skip
+    return lanes, group_sums(w, lanes, launch), states
+
+
+def group_sums(w: Tensor, lanes: Tensor, launch: Launch) -> Tensor:
+    """Sums of groups of lanes, (B, G, LANE, C); the lanes themselves if there are no groups."""
+    if not launch.group:
+        return lanes
+    batch, _, fields, channels = lanes.shape
+    count = triton.cdiv(launch.lanes, launch.group)
+    groups = lanes.new_empty((batch, count, fields, channels))
+    bi_wkv_group_kernel[(batch * count * triton.cdiv(channels, launch.channels),)](
+        w, lanes, groups, launch.lanes, count, launch.blocks * launch.length,
+        channels, launch.channels, launch.group, launch.at_once, num_warps=launch.warps,
+    )  # fmt: skip
+    return groups
+
+
+def bi_wkv_forward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, launch: Launch | None = None
+) -> Tensor:
+    """Output (B, T, C), contiguous, in the dtype of v."""
+    batch, tokens, channels = v.shape
+    launch = launch or forward_launch(v)
+    w, u, k, v = w.contiguous(), u.contiguous(), by_rows(k), by_rows(v)
+    y = v.new_empty(v.shape)
+    with on_device(v):
+        lanes, groups, states = lane_sums(w, u, k, v, launch)
+        tiles = triton.cdiv(channels, launch.channels)
+        bi_wkv_out_kernel[(batch * launch.lanes * tiles,)](
+            w, u, k, v, y, lanes, groups, states, tokens, launch.lanes, launch.blocks,
+            k.stride(0), v.stride(0), k.stride(1), v.stride(1),
+            channels, launch.length, launch.channels, launch.group, launch.at_once,
+            num_warps=launch.warps,
+        )  # fmt: skip
+    return y
