@@ -83,6 +83,20 @@ def test_backend_and_its_gradient_equal_the_definition(
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('class_token', [0, 1])
+@pytest.mark.parametrize(('channels', 'heads'), [(24, 3), (18, 2), (9, 3), (128, 2)])
+@pytest.mark.parametrize(('backend', 'device'), [*BACKENDS, ('reference', 'cpu')])
+def test_heads_are_shifted_each_by_itself(backend, device, channels, heads, class_token):
+    x = tokens((3, 4), channels, class_token, device=device).requires_grad_()
+    y = q_shift(x, (3, 4), heads=heads, backend=backend)
+    parts = [q_shift(part, (3, 4), backend='reference') for part in x.chunk(heads, 2)]
+    expected = torch.cat(parts, 2)
+    assert torch.equal(y, expected)
+    g = torch.randn_like(x)
+    (gradient,), (expected,) = (torch.autograd.grad(z, x, g) for z in (y, expected))
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def test_float64_is_moved_as_it_is(device):
     # by the plain backend on a GPU too, where the kernel does not take float64
@@ -139,6 +153,8 @@ def test_gradcheck_and_second_derivative():
     x = tokens((3, 2), 5, 1, dtype=F64).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: q_shift(t, (3, 2)), (x,))
     assert torch.autograd.gradgradcheck(lambda t: q_shift(t, (3, 2)), (x,))
+    x = tokens((3, 2), 10, 0, dtype=F64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda t: q_shift(t, (3, 2), heads=2), (x,))
 
 
 @pytest.mark.parametrize('adjoint', [False, True])
@@ -148,7 +164,7 @@ def test_gradcheck_and_second_derivative():
 )
 def test_opcheck(backend, device, adjoint):
     x = torch.randn(2, 8, 12, device=device).transpose(1, 2).requires_grad_()
-    torch.library.opcheck(q_shift_op, (x, 3, 4, adjoint, backend))
+    torch.library.opcheck(q_shift_op, (x, 3, 4, 2, adjoint, backend))
 
 
 def test_compiles_without_graph_breaks_and_without_recompiling_for_a_new_size():
@@ -218,6 +234,19 @@ def test_bad_input_is_refused_in_one_sentence(x, hw, error, message):
     with pytest.raises(error, match=message) as caught:
         q_shift(x, hw)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('heads', 'error', 'message'),
+    [
+        (3, ValueError, r'heads must divide the 8 channels, got 3'),
+        (0, ValueError, r'heads must divide the 8 channels, got 0'),
+        ('2', TypeError, r"heads must be an int, got '2'"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(heads, error, message):
+    with pytest.raises(error, match=message):
+        q_shift(torch.zeros(2, 12, 8), (3, 4), heads=heads)
 
 
 def test_unknown_backend_is_refused():

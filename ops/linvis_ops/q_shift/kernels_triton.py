@@ -1,4 +1,11 @@
-"""Triton kernel of Q-Shift. B batch, T tokens, C channels; BT, BC tile sizes."""
+"""Triton kernel of Q-Shift, and the neighbours of tokens, which other kernels take too.
+
+B batch, T tokens, C channels. The tokens of all pictures are numbered g = b * T + t. A tile is
+(BT tokens, BC channels); VEC channels of it are what a thread moves at once, and all of them are in
+one quarter of one head and have one neighbour.
+"""
+
+import math
 
 import torch
 import triton
@@ -7,64 +14,102 @@ from torch import Tensor
 
 from linvis_ops._triton import on_device
 
-BLOCK_TOKENS = 16
+VECTOR_BYTES = 16  # the widest load and store of a thread
+BLOCK_CHANNELS = 64
+BLOCK_ELEMENTS = 2048  # of a tile: with 16-bit tokens, two vectors for each of 128 threads
 
 
-@triton.jit(do_not_specialize=['T', 'rows', 'columns'])
-def q_shift_kernel(
-    x,  # (B, T, C), any strides
-    y,  # (B, T, C), contiguous
+@triton.jit
+def neighbours(
+    g,  # numbers of tokens, (BT, 1)
+    c,  # channels, (1, BC)
     T,
     rows,
     columns,
-    stride_b,
-    stride_t,
-    stride_c,
+    HEAD: tl.constexpr,  # channels of a head
+    VEC: tl.constexpr,
+    SIGN: tl.constexpr,  # 1, or -1 for the adjoint
+    CLASS_TOKEN: tl.constexpr,
+):
+    """How far after each token its neighbour is, in tokens, and whether it is in the picture."""
+    quarter: tl.constexpr = HEAD // 4
+    t = g.to(tl.uint32) % T.to(tl.uint32)
+    column = t % columns.to(tl.uint32)
+    if quarter == 0:
+        group = tl.zeros_like(c) + 4
+    else:
+        # said of the first channel of a vector, so that the compiler sees one answer for it
+        group = (c // VEC * VEC % HEAD) // quarter
+    # what passes is its own neighbour in its row
+    in_row = (group < 2) | (group > 3)
+    step = tl.where(group > 3, 0, tl.where(group % 2 == 0, -SIGN, SIGN))
+    distance = tl.where(in_row, step, step * columns)
+    grid = rows * columns
+    # a position before the first one is beyond the last one as an unsigned number
+    position = tl.where(in_row, column, t).to(tl.int32) + distance
+    inside = position.to(tl.uint32) < tl.where(in_row, columns, grid).to(tl.uint32)
+    if CLASS_TOKEN:
+        is_class = t.to(tl.int32) == grid
+        distance = tl.where(is_class, 0, distance)
+        inside = inside | is_class
+    return distance, inside
+
+
+@triton.jit(do_not_specialize=['total', 'T', 'rows', 'columns'])
+def q_shift_kernel(
+    x,  # (B, T, C), contiguous
+    y,  # (B, T, C), contiguous
+    total,  # B * T
+    T,
+    rows,
+    columns,
     C: tl.constexpr,
-    sign: tl.constexpr,  # 1, or -1 for the adjoint
+    HEAD: tl.constexpr,
+    SIGN: tl.constexpr,
+    CLASS_TOKEN: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    """One tile of BT tokens and BC channels: load each element from its neighbour, or zero."""
+    """One tile: load each vector from its neighbour, or zero."""
     NC: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
-    tile = pid // NC
-    blocks = tl.cdiv(T, BT)
-    batch = (tile // blocks).to(tl.int64)
-    t = (tile % blocks) * BT + tl.arange(0, BT)[:, None]  # (BT, 1)
-    c = (pid % NC) * BC + tl.arange(0, BC)[None, :]  # (1, BC)
-    quarter: tl.constexpr = C // 4
-
-    shifts = (c < 4 * quarter) & (t < rows * columns)
-    d_column = tl.where(c < quarter, -1, tl.where(c < 2 * quarter, 1, 0))
-    d_row = tl.where(c < 2 * quarter, 0, tl.where(c < 3 * quarter, -1, 1))
-    row = t // columns + tl.where(shifts, d_row * sign, 0)
-    column = t % columns + tl.where(shifts, d_column * sign, 0)
-    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    source = tl.where(shifts, row * columns + column, t)
-    valid = (t < T) & (c < C)
-    p_x = x + batch * stride_b + source.to(tl.int64) * stride_t + c.to(tl.int64) * stride_c
-    b_x = tl.load(p_x, mask=valid & (inside | (shifts == 0)), other=0.0)
-    tl.store(y + batch * T * C + t.to(tl.int64) * C + c, b_x, mask=valid)
+    g = pid // NC * BT + tl.arange(0, BT)[:, None]
+    c = pid % NC * BC + tl.arange(0, BC)[None, :]
+    valid = (g < total) & (c < C)
+    distance, inside = neighbours(g, c, T, rows, columns, HEAD, VEC, SIGN, CLASS_TOKEN)
+    b_x = tl.load(x + ((g + distance).to(tl.int64) * C + c), mask=valid & inside, other=0.0)
+    tl.store(y + (g.to(tl.int64) * C + c), b_x, mask=valid)
 
 
-def q_shift(x: Tensor, rows: int, columns: int, adjoint: bool) -> Tensor:
+def vector_size(x: Tensor, heads: int) -> int:
+    """Channels of a vector: as many as a thread moves at once within one quarter of one head."""
+    head = x.shape[2] // heads
+    return math.gcd(head, head // 4, VECTOR_BYTES // x.element_size())
+
+
+def q_shift(x: Tensor, rows: int, columns: int, heads: int, adjoint: bool) -> Tensor:
     """Q-Shift of x (B, T, C) on a grid of rows x columns, or its adjoint."""
     batch, tokens, channels = x.shape
-    y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    block_channels = min(128, triton.next_power_of_2(channels))
-    programs = batch * triton.cdiv(tokens, BLOCK_TOKENS) * triton.cdiv(channels, block_channels)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
+    block = BLOCK_ELEMENTS // width
+    programs = triton.cdiv(batch * tokens, block) * triton.cdiv(channels, width)
     with on_device(x):
         q_shift_kernel[(programs,)](
             x,
             y,
+            batch * tokens,
             tokens,
             rows,
             columns,
-            *x.stride(),
             C=channels,
-            sign=-1 if adjoint else 1,
-            BT=BLOCK_TOKENS,
-            BC=block_channels,
+            HEAD=channels // heads,
+            SIGN=-1 if adjoint else 1,
+            CLASS_TOKEN=tokens != rows * columns,
+            BT=block,
+            BC=width,
+            VEC=vector_size(x, heads),
         )
     return y

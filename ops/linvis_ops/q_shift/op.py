@@ -14,15 +14,22 @@ _dispatch.register_backends('q_shift', BACKENDS)
 
 
 @custom_op('q_shift')
-def q_shift(x: Tensor, rows: int, columns: int, adjoint: bool, backend: str) -> Tensor:
+def q_shift(x: Tensor, rows: int, columns: int, heads: int, adjoint: bool, backend: str) -> Tensor:
     """Shift x, or apply the adjoint of the shift."""
     chosen = _dispatch.select('q_shift', backend, x)
     implementation = chosen.backward if adjoint else chosen.forward
-    return implementation(x, rows, columns)
+    return implementation(x, rows, columns, heads)
 
 
 @q_shift.register_fake
-def _(x: Tensor, rows: int, columns: int, adjoint: bool, backend: str) -> Tensor:  # noqa: ARG001
+def _(
+    x: Tensor,
+    rows: int,  # noqa: ARG001
+    columns: int,  # noqa: ARG001
+    heads: int,  # noqa: ARG001
+    adjoint: bool,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -31,7 +38,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-    return q_shift(gy, *ctx.geometry, not ctx.adjoint, ctx.backend), None, None, None, None
+    return q_shift(gy, *ctx.geometry, not ctx.adjoint, ctx.backend), None, None, None, None, None
 
 
 torch.library.register_autograd('linvis::q_shift', _backward, setup_context=_setup_context)
