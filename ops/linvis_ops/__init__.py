@@ -8,6 +8,7 @@ from linvis_ops._dispatch import BackendUnavailableError, available_backends, op
 from linvis_ops.bi_wkv import bi_wkv
 from linvis_ops.ms_deform_attn import ms_deform_attn
 from linvis_ops.q_shift import q_shift
+from linvis_ops.q_shift_mix import q_shift_mix
 
 __all__ = [
     'BackendUnavailableError',
@@ -16,4 +17,5 @@ __all__ = [
     'ms_deform_attn',
     'operators',
     'q_shift',
+    'q_shift_mix',
 ]

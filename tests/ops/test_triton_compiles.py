@@ -31,6 +31,7 @@ def compiled(request, monkeypatch, tmp_path):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         assert kernel.asm['cubin']
         names.append(self.__name__)
+        return kernel
 
     monkeypatch.setattr(JITFunction, 'run', compile_only)
     monkeypatch.setattr('triton.knobs.runtime.interpret', False)
@@ -39,21 +40,87 @@ def compiled(request, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
 def test_bi_wkv(compiled, dtype):
-    from linvis_ops.bi_wkv import kernels_triton
+    from linvis_ops.bi_wkv import kernels_triton, kernels_triton_backward
+    from linvis_ops.bi_wkv.launch import Launch
 
     w, u, k, v = (t.detach() for t in bi_wkv_inputs(2, 40, 32, dtype))
-    kernels_triton.bi_wkv_forward(w, u, k, v)
-    kernels_triton.bi_wkv_backward(v, w, u, k, v)
+    launch = Launch(length=8, blocks=1, lanes=5, group=2, channels=32, warps=1)
+    kernels_triton.bi_wkv_forward(w, u, k, v, launch)
+    kernels_triton_backward.bi_wkv_backward(v, w, u, k, v, launch)
     assert set(compiled) == {
-        'bi_wkv_summary_kernel',
-        'bi_wkv_scan_kernel',
-        'bi_wkv_fwd_kernel',
-        'bi_wkv_bwd_kernel',
+        'bi_wkv_lane_kernel',
+        'bi_wkv_group_kernel',
+        'bi_wkv_out_kernel',
+        'bi_wkv_adjoint_kernel',
+        'bi_wkv_gradient_kernel',
     }
 
 
 def test_q_shift(compiled):
     from linvis_ops.q_shift import kernels_triton
 
-    kernels_triton.q_shift(torch.zeros(2, 12, 32), 3, 4, adjoint=False)
+    kernels_triton.q_shift(torch.zeros(2, 12, 32), 3, 4, heads=1, adjoint=False)
     assert compiled == ['q_shift_kernel']
+
+
+@pytest.fixture
+def kernels(compiled, monkeypatch):
+    """Pairs of name and compiled kernel of all launches."""
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+    pairs = []
+
+    def keep(self, *args, **kwargs):
+        pairs.append((self.__name__, launch(self, *args, **kwargs)))
+
+    monkeypatch.setattr(JITFunction, 'run', keep)
+    return pairs
+
+
+def launch_q_shift_mix(rows, columns, channels, dtype, norm, *, batch=2, heads=1, class_token=0):
+    """Forward, backward and plain shift of a layer with three mixes."""
+    from linvis_ops.q_shift import kernels_triton as shift
+    from linvis_ops.q_shift_mix import kernels_triton as mix
+
+    x = torch.zeros(batch, rows * columns + class_token, channels, dtype=dtype)
+    mus = [torch.zeros(channels) for _ in range(3)]
+    affine = (mus[0], mus[0]) if norm else (None, None)
+    *mixes, last = mix.q_shift_mix_forward(x, mus, *affine, 1e-5, rows, columns, heads)
+    grads, stats = (mixes, last) if norm else ([*mixes, last], None)
+    mix.q_shift_mix_backward(grads, x, mus, *affine, stats, rows, columns, heads)
+    shift.q_shift(x, rows, columns, heads, adjoint=False)
+
+
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+def test_q_shift_mix(compiled, dtype, norm):
+    for channels, heads, class_token in ((192, 1, 0), (192, 3, 1), (7, 1, 1)):
+        launch_q_shift_mix(3, 4, channels, dtype, norm, heads=heads, class_token=class_token)
+    names = {'q_shift_mix_fwd_kernel', 'q_shift_mix_bwd_kernel', 'q_shift_kernel'}
+    assert set(compiled) == names | ({'q_shift_mix_stats_kernel'} if norm else set())
+
+
+@pytest.mark.parametrize('heads', [1, 3])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+def test_q_shift_mix_moves_16_bytes_at_a_time(kernels, dtype, heads):
+    launch_q_shift_mix(14, 14, 192, dtype, False, heads=heads)
+    for name, kernel in kernels:
+        lines = kernel.asm['ptx'].splitlines()
+        loads = [line for line in lines if 'ld.global' in line]
+        stores = [line for line in lines if 'st.global' in line]
+        assert loads
+        assert all('.v4.b32' in line for line in loads), name
+        # of the backward pass, the partial sums of the three weights are stored by fewer threads
+        narrow = [line for line in stores if '.v4.b32' not in line]
+        assert len(narrow) <= (3 * 2 if name == 'q_shift_mix_bwd_kernel' else 0), name
+        if name != 'q_shift_mix_bwd_kernel':
+            assert 'convert_layout' not in kernel.asm['ttgir'], name
+
+
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+def test_q_shift_mix_compiles_once_for_all_batches_and_grids(kernels, norm):
+    for batch, rows, columns in ((2, 14, 14), (1, 1, 1), (3, 1, 9), (1, 33, 2)):
+        launch_q_shift_mix(rows, columns, 64, torch.bfloat16, norm, batch=batch)
+    variants = {(name, kernel.hash) for name, kernel in kernels}
+    assert len(variants) == len({name for name, _ in variants})
