@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linvis_ops import q_shift
+from linvis_ops import q_shift_mix
 
 
 def shift_and_mix(
@@ -15,13 +15,14 @@ def shift_and_mix(
         x: Tokens, shape (B, T, C).
         hw: Token grid (rows, columns).
         mus: Weights of the token itself, each of shape (1, 1, C).
-        backend: Backend of `linvis_ops.q_shift`.
+        backend: Backend of `linvis_ops.q_shift_mix`.
 
     Returns:
         One tensor of shape (B, T, C) for each mu.
     """
-    shifted = q_shift(x, hw, backend=backend)
-    return tuple(torch.lerp(shifted, x, mu.to(x.dtype)) for mu in mus)
+    # the operator takes them in float32, even in a model of lower precision
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return q_shift_mix(x, hw, tuple(mu.flatten().to(dtype) for mu in mus), backend=backend)
 
 
 def mixing_ramp(channels: int, power: float) -> Tensor:
