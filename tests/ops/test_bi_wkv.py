@@ -273,10 +273,10 @@ def test_every_division_into_lanes_computes_the_definition(
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (128, 196, 192), (1, 65536, 192), (2, 4200, 768)])
 def test_division_covers_the_sequence(shape):
-    from linvis_ops.bi_wkv.launch import backward_launch, forward_launch
+    from linvis_ops.bi_wkv.launch import launch_for
 
-    for divide in (forward_launch, backward_launch):
-        launch = divide(torch.empty(shape, device='meta'))
+    for of in ('fwd', 'bwd'):
+        launch = launch_for(torch.empty(shape, device='meta'), of)
         size = launch.length * launch.blocks
         assert (launch.lanes - 1) * size < shape[1] <= launch.lanes * size
         # every lane asks every group and the lanes of its own group

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, divide, exp2
-from linvis_ops.bi_wkv.launch import Launch, forward_launch
+from linvis_ops.bi_wkv.launch import Launch, launch_for
 
 NOTHING = tl.constexpr(-1e30)
 # Largest |w| * L and largest |u| for which a block is computed with one reference.
@@ -463,7 +463,7 @@ def bi_wkv_forward(
 ) -> Tensor:
     """Output (B, T, C), contiguous, in the dtype of v."""
     batch, tokens, channels = v.shape
-    launch = launch or forward_launch(v)
+    launch = launch or launch_for(v, 'fwd')
     w, u, k, v = w.contiguous(), u.contiguous(), by_rows(k), by_rows(v)
     y = v.new_empty(v.shape)
     with on_device(v):

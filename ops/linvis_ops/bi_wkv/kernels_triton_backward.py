@@ -36,7 +36,7 @@ from linvis_ops.bi_wkv.kernels_triton import (
     sweep,
     weigh,
 )
-from linvis_ops.bi_wkv.launch import Launch, backward_launch
+from linvis_ops.bi_wkv.launch import Launch, launch_for
 
 # Fields of a block: value and distance of its reference with what enters from behind, then the same
 # four of the sums of p and q behind it in the lane.
@@ -373,7 +373,7 @@ def bi_wkv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by w and u (float32, summed in a fixed order), k and v (in their dtype)."""
     batch, tokens, channels = v.shape
-    launch = launch or backward_launch(v)
+    launch = launch or launch_for(v, 'bwd')
     w, u, k, v, gy = w.contiguous(), u.contiguous(), by_rows(k), by_rows(v), by_rows(gy)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     rows = (batch, launch.lanes)

@@ -1,10 +1,39 @@
-"""How the work of the Bi-WKV kernels is divided."""
+"""How the work of the Bi-WKV kernels is divided, by tuned rules."""
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Pass = Literal['fwd', 'bwd']
+
+
+@dataclass(frozen=True)
+class Rule:
+    """From which a division is made; `ops/benchmarks/tune.py` finds the best for a GPU.
+
+    Attributes:
+        length: Tokens of a block, held in registers.
+        channels: Channels of a program; halved for networks that have fewer.
+        per_thread: Channels of a thread.
+        programs: Programs that are wanted for each multiprocessor of the GPU; lanes get longer
+            where there are more.
+        most_blocks: Most blocks of a lane.
+        group_above: Most lanes of a sequence without groups.
+        group: Lanes of a group.
+        at_once: Sums of other lanes that are loaded together.
+    """
+
+    length: int
+    channels: int = 64
+    per_thread: int = 1
+    programs: int = 8
+    most_blocks: int = 16
+    group_above: int = 24
+    group: int = 8
+    at_once: int = 4
 
 
 @dataclass(frozen=True)
@@ -12,7 +41,7 @@ class Launch:
     """Division of (B, T, C) into programs.
 
     Attributes:
-        length: Tokens of a block, held in registers.
+        length: Tokens of a block.
         blocks: Blocks of a lane, which one program walks along.
         lanes: Lanes of a sequence: ceil(T / (length * blocks)).
         group: Lanes of a group whose sums are joined in a launch of their own; 0: no groups.
@@ -30,37 +59,48 @@ class Launch:
     at_once: int = 4
 
 
+# Safe on every GPU; not tuned.
+DEFAULT: dict[Pass, Rule] = {'fwd': Rule(length=16), 'bwd': Rule(length=8)}
+# By compute capability.
+TUNED: dict[tuple[int, int], dict[Pass, Rule]] = {}
+
+
 @functools.cache
-def _processors(device: torch.device) -> int:
+def rules_of(device: torch.device) -> tuple[dict[Pass, Rule], int]:
+    """Rules of a device and the number of its multiprocessors."""
     if device.type != 'cuda':
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return DEFAULT, 1
+    properties = torch.cuda.get_device_properties(device)
+    rules = TUNED.get((properties.major, properties.minor), DEFAULT)
+    return rules, properties.multi_processor_count
 
 
-def _divide(x: Tensor, length: int, most_blocks: int) -> Launch:
+def launch_for(x: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
+    """Division for tokens (B, T, C).
+
+    Args:
+        x: Tensor of the shape and on the device in question.
+        of: Forward or backward pass.
+        rule: Instead of the rule of the device.
+    """
+    rules, processors = rules_of(x.device)
+    rule = rule or rules[of]
     batch, tokens, channels = x.shape
-    width = 64 if channels > 32 else 32
+    width = rule.channels
+    while width > 32 and width // 2 >= channels:
+        width //= 2
     tiles = -(-channels // width)
-    # enough programs to fill the processors, then long lanes, which need to know of fewer others
-    all_blocks = -(-tokens // length)
-    wanted = 8 * _processors(x.device)
-    blocks = min(max(batch * tiles * all_blocks // wanted, 4), most_blocks)
+    all_blocks = -(-tokens // rule.length)
+    # enough programs to fill the processors, then long lanes, which ask for fewer sums of others
+    wanted = rule.programs * processors
+    blocks = min(max(batch * tiles * all_blocks // wanted, 1), rule.most_blocks, all_blocks)
     lanes = -(-all_blocks // blocks)
     return Launch(
-        length=length,
+        length=rule.length,
         blocks=blocks,
         lanes=lanes,
-        group=8 if lanes > 24 else 0,
+        group=rule.group if lanes > rule.group_above else 0,
         channels=width,
-        warps=width // 32,
+        warps=max(width // (32 * rule.per_thread), 1),
+        at_once=rule.at_once,
     )
-
-
-def forward_launch(x: Tensor) -> Launch:
-    """Division of the forward pass for tokens (B, T, C)."""
-    return _divide(x, length=16, most_blocks=16)
-
-
-def backward_launch(x: Tensor) -> Launch:
-    """Division of the backward pass for tokens (B, T, C)."""
-    return _divide(x, length=8, most_blocks=16)

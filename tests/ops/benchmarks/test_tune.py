@@ -1,0 +1,71 @@
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import tune
+from linvis_ops.bi_wkv.launch import DEFAULT, Rule, launch_for
+
+
+def test_search_keeps_the_fastest_value_of_every_field():
+    wanted = Rule(8, channels=128, per_thread=2, programs=24, most_blocks=32, group_above=64,
+                  group=16, at_once=8)  # fmt: skip
+
+    def distance(rule):
+        fields = ('length', 'channels', 'programs', 'most_blocks', 'group_above', 'at_once')
+        return 1.0 + sum(abs(math.log(getattr(rule, f) / getattr(wanted, f))) for f in fields)
+
+    assert tune.search(DEFAULT['fwd'], distance) == wanted
+
+
+def test_search_keeps_the_rule_in_use_if_nothing_is_faster():
+    assert tune.search(DEFAULT['bwd'], lambda rule: 1.0) == DEFAULT['bwd']
+
+
+def test_what_does_not_fit_the_gpu_is_never_chosen(monkeypatch, timer):
+    pytest.importorskip('triton')
+    from triton.runtime.errors import OutOfResources
+
+    def too_large(_launch):
+        raise OutOfResources(300_000, 232_448, 'shared memory')
+
+    call = tune.Call((1, 8, 4), torch.float32, 'fwd', 'cpu')
+    monkeypatch.setattr(tune.Call, '__call__', lambda self, launch: too_large(launch))
+    assert tune.time_of(call, DEFAULT['fwd'], timer, 3) == math.inf
+
+
+def test_trials_are_written_and_the_result_is_printed(with_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        tune, 'time_of', lambda call, rule, timer, repeats: 1.0 + (rule.programs != 16)
+    )
+    monkeypatch.setattr(tune, 'CudaTimer', tune.run.CudaTimer)
+    out = tmp_path / 'tuned.json'
+    options = ['--pass', 'fwd', '--shape', '1x8x4', '2x9x4', '--out', str(out)]
+    assert tune.main(options) == 0
+    trials = json.loads(out.read_text())
+    assert trials[0]['ms'] == {'1x8x4': 2.0, '2x9x4': 2.0}
+    assert trials[0]['mean'] == pytest.approx(2.0)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith('best for None: ')
+    assert 'programs=16' in last
+
+
+def test_machine_without_gpu_is_told(monkeypatch, capsys):
+    monkeypatch.setattr('benchmarks.run.has_gpu', lambda: False)
+    assert tune.main([]) == 2
+    assert 'PyTorch finds none' in capsys.readouterr().err
+
+
+def test_longer_lanes_where_there_are_more_programs():
+    few = launch_for(torch.empty(1, 4096, 64, device='meta'), 'fwd', Rule(16, programs=64))
+    many = launch_for(torch.empty(1, 4096, 64, device='meta'), 'fwd', Rule(16, programs=16))
+    assert (few.blocks, few.lanes) == (4, 64)
+    assert (many.blocks, many.lanes) == (16, 16)
+    assert few.group == 8
+    assert many.group == 0
+
+
+def test_programs_are_as_narrow_as_the_network():
+    assert launch_for(torch.empty(1, 8, 20, device='meta'), 'fwd').channels == 32
+    assert launch_for(torch.empty(1, 8, 192, device='meta'), 'fwd').channels == 64
