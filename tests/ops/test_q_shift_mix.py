@@ -284,12 +284,12 @@ def operator_arguments(device, norm, backend):
 def test_opcheck(backend, device, norm):
     x, mus, weight, bias, backend = operator_arguments(device, norm, backend)
     grads = [torch.randn_like(x), torch.randn_like(x)]
-    *_, stats = q_shift_mix_fwd(x, mus, weight, bias, 1e-5, 3, 4, 3, backend)
+    *_, stats = q_shift_mix_fwd(x, mus, weight, bias, 1e-5, 3, 4, 3, None, backend)
     stats = stats if norm else None
     torch.library.opcheck(q_shift_mix_bwd, (grads, x, mus, weight, bias, stats, 3, 4, 3, backend))
     for tensor in (x, *mus, *([weight, bias] if norm else [])):
         tensor.requires_grad_()
-    torch.library.opcheck(q_shift_mix_fwd, (x, mus, weight, bias, 1e-5, 3, 4, 3, backend))
+    torch.library.opcheck(q_shift_mix_fwd, (x, mus, weight, bias, 1e-5, 3, 4, 3, None, backend))
 
 
 @NORMS
@@ -327,6 +327,27 @@ def test_exports_with_a_dynamic_grid(class_token):
     other = torch.randn(2, 5, 6, 8)
     for a, e in zip(program.module()(other, *rows), Layer()(other, *rows), strict=True):
         assert torch.equal(a, e)
+
+
+@NORMS
+@pytest.mark.parametrize(('backend', 'device'), [*BACKENDS, ('reference', 'cpu')])
+def test_mixes_of_another_dtype_are_rounded_once(backend, device, norm):
+    tensors = inputs((3, 4), 8, 1, 2, norm, device=device)
+    full = call(tensors, (3, 4), norm, backend=backend)
+    short = call(tensors, (3, 4), norm, dtype=torch.bfloat16, backend=backend)
+    for a, b in zip(short, full, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b.to(torch.bfloat16))
+    grads = [torch.randn_like(mix) for mix in short]
+    result = torch.autograd.grad(short, tensors, grads)
+    expected = torch.autograd.grad(full, tensors, [g.float() for g in grads])
+    for a, b in zip(result, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    # one of them unused
+    unused = call(tensors, (3, 4), norm, dtype=torch.bfloat16, backend=backend)[0]
+    (dx,) = torch.autograd.grad(unused.float().square().sum(), tensors[:1])
+    assert torch.isfinite(dx).all()
 
 
 @NORMS
@@ -390,6 +411,7 @@ ZEROS = torch.zeros(8)
         ({'mus': [ZEROS.to('meta')]}, ValueError, r'x is on cpu and mus\[0\] on meta'),
         ({'heads': 3}, ValueError, r'heads must divide the 8 channels, got 3'),
         ({'heads': 0}, ValueError, r'heads must divide the 8 channels, got 0'),
+        ({'dtype': torch.int8}, TypeError, r'dtype must be a floating dtype, got torch.int8'),
         ({'heads': 2.0}, TypeError, r'heads must be an int, got 2\.0'),
         ({'norm': (ZEROS, ZEROS)}, TypeError, r'norm must be \(weight, bias, eps\) or None'),
         ({'norm': (ZEROS, None, 1e-5)}, TypeError, r'bias must be a tensor, got NoneType'),

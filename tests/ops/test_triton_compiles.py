@@ -86,7 +86,7 @@ def launch_q_shift_mix(rows, columns, channels, dtype, norm, *, batch=2, heads=1
     x = torch.zeros(batch, rows * columns + class_token, channels, dtype=dtype)
     mus = [torch.zeros(channels) for _ in range(3)]
     affine = (mus[0], mus[0]) if norm else (None, None)
-    *mixes, last = mix.q_shift_mix_forward(x, mus, *affine, 1e-5, rows, columns, heads)
+    *mixes, last = mix.q_shift_mix_forward(x, mus, *affine, 1e-5, rows, columns, heads, x.dtype)
     grads, stats = (mixes, last) if norm else ([*mixes, last], None)
     mix.q_shift_mix_backward(grads, x, mus, *affine, stats, rows, columns, heads)
     shift.q_shift(x, rows, columns, heads, adjoint=False)

@@ -18,11 +18,15 @@ def shift_and_mix(
         backend: Backend of `linvis_ops.q_shift_mix`.
 
     Returns:
-        One tensor of shape (B, T, C) for each mu.
+        One tensor of shape (B, T, C) for each mu; under autocast, in the dtype that its linear
+        layers compute in.
     """
     # the operator takes them in float32, even in a model of lower precision
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return q_shift_mix(x, hw, tuple(mu.flatten().to(dtype) for mu in mus), backend=backend)
+    weights = tuple(mu.flatten().to(torch.promote_types(x.dtype, torch.float32)) for mu in mus)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else None
+    return q_shift_mix(x, hw, weights, dtype=dtype, backend=backend)
 
 
 def mixing_ramp(channels: int, power: float) -> Tensor:

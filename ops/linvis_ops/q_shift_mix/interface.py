@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from linvis_ops import _checks, _dispatch
@@ -20,6 +21,7 @@ def q_shift_mix(
     *,
     norm: tuple[Tensor, Tensor, float] | None = None,
     heads: int = 1,
+    dtype: torch.dtype | None = None,
     backend: str = 'auto',
 ) -> tuple[Tensor, ...]:
     """Blend every token with its four neighbours, by several weights in one pass.
@@ -39,12 +41,14 @@ def q_shift_mix(
             None.
         heads: Equal groups of neighbouring channels, each of which has its own quarters, as in
             VRWKV6.
+        dtype: Floating dtype of the mixes; None: that of x. A layer that computes in lower
+            precision next asks for that here, which saves writing and reading them in full.
         backend: 'auto', or one of `available_backends('q_shift_mix')`. 'reference' is the
             definition in differentiable PyTorch.
 
     Returns:
-        For each mu a tensor of shape (B, T, C), contiguous, in the dtype of x. Everything is
-        computed in float32 (float64 for float64) and rounded once.
+        For each mu a tensor of shape (B, T, C), contiguous, in `dtype`. Everything is computed in
+        float32 (float64 for float64) and rounded once.
 
     Raises:
         ValueError: If shapes or devices disagree, hw does not match T, heads does not divide C, or
@@ -74,9 +78,11 @@ def q_shift_mix(
     _checks.check_device(NAME, [('x', x), *weights.items()])
     _checks.check_grid(NAME, x.shape[1], hw)
     check_heads(NAME, x.shape[2], heads)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f'{NAME}: dtype must be a floating dtype, got {dtype}.')
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == _dispatch.REFERENCE:
         with without_autocast(x):
-            return q_shift_mix_by_index(x, hw, mus, norm, heads)
-    outputs = op.q_shift_mix_fwd(x, mus, weight, bias, eps, hw[0], hw[1], heads, backend)
+            return q_shift_mix_by_index(x, hw, mus, norm, heads, dtype)
+    outputs = op.q_shift_mix_fwd(x, mus, weight, bias, eps, hw[0], hw[1], heads, dtype, backend)
     return tuple(outputs[: len(mus)])

@@ -237,11 +237,12 @@ def q_shift_mix_forward(
     rows: int,
     columns: int,
     heads: int,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The mixes, each (B, T, C), and with a norm its statistics (2, B, T) as one more tensor."""
+    """The mixes (B, T, C) in dtype, and with a norm its statistics (2, B, T) behind them."""
     batch, tokens, channels = x.shape
     x = x.contiguous()
-    mixes = [torch.empty_like(x) for _ in mus]
+    mixes = [torch.empty_like(x, dtype=dtype) for _ in mus]
     width = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
     block = BLOCK_ELEMENTS // width
     programs = triton.cdiv(batch * tokens, block) * triton.cdiv(channels, width)

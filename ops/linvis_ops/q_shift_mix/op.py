@@ -24,12 +24,13 @@ def q_shift_mix_fwd(
     rows: int,
     columns: int,
     heads: int,
+    dtype: torch.dtype | None,
     backend: str,
 ) -> list[Tensor]:
     """Forward operator: the mixes, then the statistics (2, B, T) of the norm if there is one."""
     chosen = _dispatch.select('q_shift_mix', backend, x, *mus)
     with without_autocast(x):
-        return chosen.forward(x, mus, weight, bias, eps, rows, columns, heads)
+        return chosen.forward(x, mus, weight, bias, eps, rows, columns, heads, dtype or x.dtype)
 
 
 @q_shift_mix_fwd.register_fake
@@ -42,9 +43,10 @@ def _(
     rows: int,  # noqa: ARG001
     columns: int,  # noqa: ARG001
     heads: int,  # noqa: ARG001
+    dtype: torch.dtype | None,
     backend: str,  # noqa: ARG001
 ) -> list[Tensor]:
-    mixes = [x.new_empty(x.shape) for _ in mus]
+    mixes = [x.new_empty(x.shape, dtype=dtype or x.dtype) for _ in mus]
     return mixes if weight is None else [*mixes, mus[0].new_empty((2, *x.shape[:2]))]
 
 
@@ -85,7 +87,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, mus, weight, bias, _eps, *ctx.geometry, ctx.backend = inputs
+    x, mus, weight, bias, _eps, *ctx.geometry, _dtype, ctx.backend = inputs
+    ctx.dtype = output[0].dtype
     stats = output[-1] if weight is not None else None
     if stats is not None:
         ctx.mark_non_differentiable(stats)
@@ -96,11 +99,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, weight, bias, stats, *mus = ctx.saved_tensors
-    used = [x.new_zeros(x.shape) if g is None else g for g in grads[: len(mus)]]
+    used = [x.new_zeros(x.shape, dtype=ctx.dtype) if g is None else g for g in grads[: len(mus)]]
     dx, rows = q_shift_mix_bwd(used, x, mus, weight, bias, stats, *ctx.geometry, ctx.backend)
     dmus = list(rows[: len(mus)].unbind())
     dweight, dbias = (None, None) if weight is None else rows[len(mus) :].unbind()
-    return dx, dmus, dweight, dbias, None, None, None, None, None
+    return dx, dmus, dweight, dbias, *[None] * 6
 
 
 torch.library.register_autograd('linvis::q_shift_mix_fwd', _backward, setup_context=_setup_context)

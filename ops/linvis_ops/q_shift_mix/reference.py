@@ -15,7 +15,12 @@ Norm = tuple[Tensor, Tensor, float]  # weight (C,), bias (C,), eps
 
 
 def q_shift_mix_by_index(
-    x: Tensor, hw: tuple[int, int], mus: Sequence[Tensor], norm: Norm | None, heads: int
+    x: Tensor,
+    hw: tuple[int, int],
+    mus: Sequence[Tensor],
+    norm: Norm | None,
+    heads: int,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     """The definition: y * mu + q_shift(y) * (1 - mu) for each mu, y = x or its LayerNorm.
 
@@ -25,10 +30,10 @@ def q_shift_mix_by_index(
         mus: Weights of the token itself, each (C,).
         norm: Weight, bias and eps of the LayerNorm, or None.
         heads: Equal groups of channels, each of which has its own quarters.
+        dtype: Of the mixes; None: that of x.
 
     Returns:
-        A tensor of shape (B, T, C) in the dtype of x for each mu; differentiable any number of
-        times.
+        A tensor of shape (B, T, C) for each mu; differentiable any number of times.
     """
     y = x.to(mus[0].dtype)
     if norm is not None:
@@ -37,7 +42,7 @@ def q_shift_mix_by_index(
         variance = centred.square().mean(2, keepdim=True)
         y = centred / torch.sqrt(variance + eps) * weight + bias
     shifted = q_shift_by_index(y, hw, heads)
-    return tuple((y * mu + shifted * (1 - mu)).to(x.dtype) for mu in mus)
+    return tuple((y * mu + shifted * (1 - mu)).to(dtype or x.dtype) for mu in mus)
 
 
 def _normalised(x: Tensor, stats: Tensor) -> Tensor:
@@ -54,8 +59,9 @@ def q_shift_mix_forward(
     rows: int,
     columns: int,
     heads: int,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The mixes, each (B, T, C), and with a norm its statistics (2, B, T) as one more tensor."""
+    """The mixes (B, T, C) in dtype, and with a norm its statistics (2, B, T) behind them."""
     y = x.to(mus[0].dtype)
     saved = []
     if weight is not None and bias is not None:
@@ -64,7 +70,7 @@ def q_shift_mix_forward(
         y = _normalised(y, stats) * weight + bias
         saved = [stats]
     shifted = q_shift_sliced(y, rows, columns, heads, adjoint=False)
-    mixes = [torch.lerp(shifted, y, mu).to(x.dtype) for mu in mus]
+    mixes = [torch.lerp(shifted, y, mu).to(dtype) for mu in mus]
     return [*(mix.contiguous() for mix in mixes), *saved]
 
 
