@@ -234,27 +234,13 @@ def slow_token(
     return fv, fd, f0, f1, bv, bd, b0, b1, value, distance, s0, s1
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
-def bi_wkv_lane_kernel(
-    w,  # (C,)
-    u,  # (C,)
-    k,  # (B, T, C), strides (k_batch, k_stride, 1)
-    v,
-    lanes,  # (B, N, LANE, C)
-    states,  # (B, N, blocks, BLOCK, C)
-    T,
-    N,
-    blocks,
-    k_batch,
-    v_batch,
-    k_stride: tl.constexpr,
-    v_stride: tl.constexpr,
-    C: tl.constexpr,
-    L: tl.constexpr,
+@triton.jit
+def walk_for_sums(
+    batch, n, c, mask, w, u, k, v, lanes, states, T, N, blocks, k_batch, v_batch,
+    k_stride: tl.constexpr, v_stride: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     BC: tl.constexpr,
-):
-    """Sums of a lane for the tokens outside it, and for each of its blocks of the tokens before."""
-    batch, n, c, mask = place(tl.program_id(0), N, C, BC)
+):  # fmt: skip
+    """Walk along lane n and store its sums, and what each of its blocks sees before it."""
     b_w = tl.load(w + c, mask=mask, other=0.0)
     b_u = tl.load(u + c, mask=mask, other=0.0)
     w2 = b_w * LOG2E
@@ -297,6 +283,33 @@ def bi_wkv_lane_kernel(
     store_fields(p_lane + LANE // 2 * C, C, mask, bv, bd, b0, b1)
 
 
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
+def bi_wkv_lane_kernel(
+    w,  # (C,)
+    u,  # (C,)
+    k,  # (B, T, C), strides (k_batch, k_stride, 1)
+    v,
+    lanes,  # (B, N, LANE, C)
+    states,  # (B, N, blocks, BLOCK, C)
+    T,
+    N,
+    blocks,
+    k_batch,
+    v_batch,
+    k_stride: tl.constexpr,
+    v_stride: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Sums of a lane for the tokens outside it, and for each of its blocks of the tokens before."""
+    batch, n, c, mask = place(tl.program_id(0), N, C, BC)
+    walk_for_sums(
+        batch, n, c, mask, w, u, k, v, lanes, states, T, N, blocks, k_batch, v_batch,
+        k_stride, v_stride, C, L, BC,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=['N', 'G', 'size'])
 def bi_wkv_group_kernel(
     w,
@@ -325,33 +338,27 @@ def bi_wkv_group_kernel(
     store_fields(p_group + LANE // 2 * C, C, mask, value, distance, s0, s1)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
-def bi_wkv_out_kernel(
-    w,
-    u,
-    k,
-    v,
-    y,  # (B, T, C), contiguous
-    lanes,
-    groups,
-    states,
-    T,
-    N,
-    blocks,
-    k_batch,
-    v_batch,
-    k_stride: tl.constexpr,
-    v_stride: tl.constexpr,
-    C: tl.constexpr,
-    L: tl.constexpr,
-    BC: tl.constexpr,
-    GROUP: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """Outputs of a lane, from its last block to its first."""
-    # what the launch before read last is read first: it may still be in the cache
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch, n, c, mask = place(pid, N, C, BC)
+@triton.jit
+def reference(w2, k, fv, fd, bv, bd, L: tl.constexpr):
+    """The largest log weight of a block: of its tokens, and of what enters from both sides."""
+    value = k[0]
+    for r in tl.static_range(1, L):
+        value = tl.maximum(value, k[r])
+    distance = tl.zeros_like(value)
+    more = exceeds(w2, value, distance, fv, fd)
+    value = tl.where(more, fv, value)
+    distance = tl.where(more, fd, distance)
+    more = exceeds(w2, value, distance, bv, bd)
+    return tl.where(more, bv, value), tl.where(more, bd, distance)
+
+
+@triton.jit
+def walk_for_outputs(
+    batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_batch, v_batch,
+    k_stride: tl.constexpr, v_stride: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+    GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Walk back along lane n, from its last block to its first, and store the outputs."""
     b_w = tl.load(w + c, mask=mask, other=0.0)
     b_u = tl.load(u + c, mask=mask, other=0.0)
     w2 = b_w * LOG2E
@@ -409,18 +416,37 @@ def bi_wkv_out_kernel(
                 bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, a, j * 1.0, x, 1.0)
 
 
-@triton.jit
-def reference(w2, k, fv, fd, bv, bd, L: tl.constexpr):
-    """The largest log weight of a block: of its tokens, and of what enters from both sides."""
-    value = k[0]
-    for r in tl.static_range(1, L):
-        value = tl.maximum(value, k[r])
-    distance = tl.zeros_like(value)
-    more = exceeds(w2, value, distance, fv, fd)
-    value = tl.where(more, fv, value)
-    distance = tl.where(more, fd, distance)
-    more = exceeds(w2, value, distance, bv, bd)
-    return tl.where(more, bv, value), tl.where(more, bd, distance)
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
+def bi_wkv_out_kernel(
+    w,
+    u,
+    k,
+    v,
+    y,  # (B, T, C), contiguous
+    lanes,
+    groups,
+    states,
+    T,
+    N,
+    blocks,
+    k_batch,
+    v_batch,
+    k_stride: tl.constexpr,
+    v_stride: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    BC: tl.constexpr,
+    GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Outputs of a lane, from its last block to its first."""
+    # what the launch before read last is read first: it may still be in the cache
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, n, c, mask = place(pid, N, C, BC)
+    walk_for_outputs(
+        batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_batch, v_batch,
+        k_stride, v_stride, C, L, GROUP, AT_ONCE,
+    )  # fmt: skip
 
 
 def by_rows(x: Tensor) -> Tensor:
