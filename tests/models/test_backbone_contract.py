@@ -322,6 +322,45 @@ def test_compiles_without_graph_breaks(arch):
     assert backbone.pos_embed.grad.any()
 
 
+@pytest.mark.parametrize(
+    ('arch', 'drop_path_rate', 'with_cp'),
+    [('vrwkv-tiny', 0.5, False), ('vrwkv-large', 0.0, True), ('vrwkv-small', 0.5, True)],
+)
+def test_compiled_training_computes_the_same(arch, drop_path_rate, with_cp):
+    torch._dynamo.reset()
+    options = {'img_size': 64, 'drop_path_rate': drop_path_rate, 'with_cp': with_cp}
+    backbone: Any = randomised(BACKBONES[arch](**options)).train()
+    compiled: Any = torch.compile(backbone, backend='aot_eager', fullgraph=True)
+
+    def gradients_of(model: Any, batch: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(batch)
+        images = torch.randn(batch, 3, 32, 64)
+        backbone.zero_grad()
+        loss_of(model(images)).backward()
+        return {name: parameter.grad for name, parameter in backbone.named_parameters()}
+
+    # the first batch size is compiled as a constant, the second one as any size
+    for batch in (4, 3):
+        torch.testing.assert_close(gradients_of(compiled, batch), gradients_of(backbone, batch))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 7, 4):
+            torch.testing.assert_close(gradients_of(compiled, batch), gradients_of(backbone, batch))
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_compiled_evaluation_takes_any_batch(grad):
+    torch._dynamo.reset()
+    backbone: Any = randomised(BACKBONES['vrwkv-large'](img_size=64, drop_path_rate=0.5)).eval()
+    compiled = torch.compile(backbone, backend='aot_eager', fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        for batch in (4, 3):
+            compiled(torch.randn(batch, 3, 32, 64))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch in (2, 7, 4):
+                images = torch.randn(batch, 3, 32, 64)
+                torch.testing.assert_close(compiled(images), backbone(images))
+
+
 def test_compiles_once_for_all_sizes():
     torch._dynamo.reset()  # what other tests have compiled counts too
     backbone: Any = randomised(BACKBONES['vrwkv-large'](img_size=64))

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.registry import MODELS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvis.models import VRWKV
 from linvis.models.layers import ChannelMix, SpatialMix
@@ -193,6 +195,60 @@ def test_drop_path_grows_linearly_over_the_layers():
     backbone = VRWKV({'embed_dims': 8, 'depth': 5}, drop_path_rate=0.4)
     rates = [layer.drop_path.p for layer in backbone.layers]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize('post_norm', [False, True])
+@pytest.mark.parametrize('scaled', [False, True])
+def test_drop_path_drops_branches_of_whole_samples(post_norm, scaled):
+    arch = {'embed_dims': 8, 'depth': 2, 'post_norm': post_norm}
+    arch['layer_scale_init'] = 0.5 if scaled else None
+    layer = randomised(VRWKV(arch, drop_path_rate=0.5).layers[1])
+    x, hw = torch.randn(16, 6, 8), (2, 3)
+    gamma1, gamma2 = (layer.gamma1, layer.gamma2) if scaled else (1, 1)
+    torch.manual_seed(1)
+    output = layer(x, hw)
+    torch.manual_seed(1)
+    kept = [torch.empty(16, 1, 1).bernoulli_(0.5) / 0.5 for _ in range(2)]
+    y = x
+    for keep, gamma, norm, mixer in (
+        (kept[0], gamma1, layer.ln1, layer.att),
+        (kept[1], gamma2, layer.ln2, layer.ffn),
+    ):
+        y = y + keep * gamma * (norm(mixer(y, hw)) if post_norm else mixer(norm(y), hw))
+    assert 0 < sum(int(keep.count_nonzero()) for keep in kept) < 32
+    torch.testing.assert_close(output, y)
+
+
+class _Outputs(TorchDispatchMode):
+    """Remembers shape and dtype of every tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.seen.append((tuple(output.shape), output.dtype))
+        return output
+
+
+@pytest.mark.parametrize('key_norm', [False, True])
+def test_hidden_channels_stay_in_the_dtype_of_autocast_unless_they_are_normalised(key_norm):
+    # tensors without values, so that what autocast does on a GPU shows on any machine
+    with FakeTensorMode(), torch.device('cuda'):
+        mix = ChannelMix(8, 0, 2, 4, key_norm=key_norm, backend='torch')
+        tokens = torch.empty(2, 6, 8)
+        torch.set_autocast_enabled('cuda', True)
+        torch.set_autocast_dtype('cuda', torch.bfloat16)
+        try:
+            with _Outputs() as outputs:
+                mix(tokens, (2, 3))
+        finally:
+            torch.set_autocast_enabled('cuda', False)
+            torch.clear_autocast_cache()
+    dtypes = {dtype for shape, dtype in outputs.seen if shape == (2, 6, 32)}
+    assert dtypes == ({torch.bfloat16, torch.float32} if key_norm else {torch.bfloat16})
 
 
 def test_one_layer_is_enough():

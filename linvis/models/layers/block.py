@@ -56,8 +56,11 @@ class MixerBlock(nn.Module):
         gamma: Tensor | None,
     ) -> Tensor:
         branch = norm(mixer(x, hw)) if self.post_norm else mixer(norm(x), hw)
-        branch = self.drop_path(branch)
-        return x + branch if gamma is None else torch.addcmul(x, gamma, branch)
+        if gamma is None:
+            return x + self.drop_path(branch)
+        # drop path scales samples as gamma scales channels: one factor, one pass over the tokens
+        factor = self.drop_path(gamma.expand(x.shape[0], 1, -1))  # (B, 1, C)
+        return torch.addcmul(x, factor, branch)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Apply the layer.

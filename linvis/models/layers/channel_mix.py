@@ -56,5 +56,11 @@ class ChannelMix(nn.Module):
             Shape (B, T, C).
         """
         x_k, x_r = shift_and_mix(x, hw, (self.spatial_mix_k, self.spatial_mix_r), self.backend)
-        hidden = self.key_norm(torch.relu(self.key(x_k)).square())
+        hidden = torch.relu(self.key(x_k))
+        if isinstance(self.key_norm, nn.Identity):
+            # not square(), which autocast would compute, write and read in float32
+            hidden = hidden * hidden
+        else:
+            # in float32 under autocast, as the norm: squares may exceed the range of float16
+            hidden = self.key_norm(hidden.square())
         return torch.sigmoid(self.receptance(x_r)) * self.value(hidden)
