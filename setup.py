@@ -1,6 +1,31 @@
-"""Where the packages lie; all metadata is in pyproject.toml."""
+"""Where the packages lie, and the CUDA extension on request; all metadata is in pyproject.toml."""
+
+import os
+from typing import Any
 
 from setuptools import find_packages, setup
+
+
+def cuda_extension() -> dict[str, Any]:
+    """Arguments of setup for `linvis_ops._C`; none unless LINVIS_BUILD_CUDA=1."""
+    if os.environ.get('LINVIS_BUILD_CUDA', '0') != '1':
+        return {}
+    # needs torch in the environment that builds: pip's option --no-build-isolation
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    os.environ.setdefault('TORCH_CUDA_ARCH_LIST', '8.0;9.0+PTX')
+    extension = CUDAExtension(
+        'linvis_ops._C',
+        ['ops/csrc/module.cpp', 'ops/csrc/bi_wkv.cu'],
+        depends=[
+            'ops/csrc/bi_wkv.h',
+            'ops/csrc/bi_wkv_worker.h',
+            'ops/csrc/bi_wkv_division.h',
+        ],
+        extra_compile_args={'cxx': ['-O2'], 'nvcc': ['-O3']},
+    )
+    return {'ext_modules': [extension], 'cmdclass': {'build_ext': BuildExtension}}
+
 
 setup(
     packages=[
@@ -8,4 +33,5 @@ setup(
         *find_packages('ops', include=['linvis_ops', 'linvis_ops.*']),
     ],
     package_dir={'linvis': 'linvis', 'linvis_ops': 'ops/linvis_ops'},
+    **cuda_extension(),
 )

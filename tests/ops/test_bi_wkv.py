@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linvis_ops import BackendUnavailableError, bi_wkv
 from linvis_ops._triton import interpreting
+from linvis_ops.bi_wkv.cuda import extension_error
 from linvis_ops.bi_wkv.op import bi_wkv_bwd, bi_wkv_fwd
 from linvis_ops.bi_wkv.reference import bi_wkv_backward, bi_wkv_chunked, bi_wkv_quadratic
 from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
@@ -17,6 +18,8 @@ NAMES = ('dw', 'du', 'dk', 'dv')
 DTYPES = {'f32': torch.float32, 'f16': torch.float16, 'bf16': torch.bfloat16}
 
 cuda = pytest.param('triton', 'cuda', marks=pytest.mark.gpu, id='triton-cuda')
+built = pytest.mark.skipif(extension_error() is not None, reason=str(extension_error()))
+extension = pytest.param('cuda', 'cuda', marks=[pytest.mark.gpu, built], id='extension-cuda')
 interpreted = pytest.param(
     'triton',
     'cpu',
@@ -24,7 +27,11 @@ interpreted = pytest.param(
     id='triton-interpreter',
 )
 not_interpreted = pytest.mark.skipif(interpreting(), reason='long in the interpreter')
-BACKENDS = [pytest.param('torch', 'cpu', id='torch-cpu'), interpreted, cuda]
+BACKENDS = [pytest.param('torch', 'cpu', id='torch-cpu'), interpreted, cuda, extension]
+ON_GPU = [
+    pytest.param('triton', marks=pytest.mark.gpu),
+    pytest.param('cuda', marks=[pytest.mark.gpu, built]),
+]
 
 
 def loop(w, u, k, v):
@@ -211,16 +218,16 @@ def test_non_contiguous_inputs(backend, device):
     torch.testing.assert_close(dk, expected_dk, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize('channels', [1, 3, 32, 100, 192, 768])
 @pytest.mark.parametrize('tokens', [31, 63, 64, 65, 196, 197, 576, 1024])
-def test_gpu_matches_float64_at_sizes_of_networks(tokens, channels):
+@pytest.mark.parametrize('backend', ON_GPU)
+def test_gpu_matches_float64_at_sizes_of_networks(backend, tokens, channels):
     check = bi_wkv_inputs(2, tokens, channels, torch.bfloat16, 'cuda')
     exact = [
         t.detach().double().requires_grad_() for t in check
     ]  # chunked in float64: equal by the tests above
     y64 = bi_wkv(*exact, backend='torch')
-    y = bi_wkv(*check, backend='triton')
+    y = bi_wkv(*check, backend=backend)
     assert_matches('y', y, y64, None, torch.bfloat16)
     gy = torch.randn_like(y)
     for name, a, e in zip(
@@ -302,12 +309,12 @@ def test_opcheck_forward(dtype):
     torch.library.opcheck(bi_wkv_fwd, (*bi_wkv_inputs(2, 18, 4, dtype), 'torch'))
 
 
-@pytest.mark.gpu
-def test_opcheck_triton():
+@pytest.mark.parametrize('backend', ON_GPU)
+def test_opcheck_on_gpu(backend):
     inputs = bi_wkv_inputs(2, 18, 4, device='cuda')
-    torch.library.opcheck(bi_wkv_fwd, (*inputs, 'triton'))
+    torch.library.opcheck(bi_wkv_fwd, (*inputs, backend))
     fixed = tuple(t.detach() for t in inputs)
-    torch.library.opcheck(bi_wkv_bwd, (torch.randn_like(fixed[3]), *fixed, 'triton'))
+    torch.library.opcheck(bi_wkv_bwd, (torch.randn_like(fixed[3]), *fixed, backend))
 
 
 def test_opcheck_forward_strided():
@@ -366,18 +373,18 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == (13 + 39) * 2 * 10 * 4
 
 
-@pytest.mark.gpu
-def test_runs_in_a_cuda_graph_and_on_a_side_stream():
+@pytest.mark.parametrize('backend', ON_GPU)
+def test_runs_in_a_cuda_graph_and_on_a_side_stream(backend):
     inputs = [t.detach() for t in bi_wkv_inputs(2, 50, 32, device='cuda')]
-    expected = bi_wkv(*inputs)
+    expected = bi_wkv(*inputs, backend=backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        on_side = bi_wkv(*inputs)
+        on_side = bi_wkv(*inputs, backend=backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = bi_wkv(*inputs)
+        captured = bi_wkv(*inputs, backend=backend)
     graph.replay()
     assert torch.equal(on_side, expected)
     assert torch.equal(captured, expected)
@@ -416,7 +423,7 @@ def test_bad_input_is_refused_in_one_sentence(inputs, error, message):
 def test_unknown_backend_is_refused():
     with pytest.raises(
         BackendUnavailableError,
-        match="no backend 'tritn'; choose one of auto, triton, torch, reference",
+        match="no backend 'tritn'; choose one of auto, triton, cuda, torch, reference",
     ):
         bi_wkv(*bi_wkv_inputs(1, 3, 2), backend='tritn')
 

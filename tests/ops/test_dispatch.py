@@ -68,7 +68,7 @@ def test_environment_overrides_auto_only(monkeypatch):
 def test_available_backends_gives_reasons():
     assert {'bi_wkv', 'q_shift'} <= set(operators())
     reasons = available_backends('bi_wkv', *bi_wkv_inputs(1, 4, 2, torch.float64))
-    assert list(reasons) == ['triton', 'torch', 'reference']
+    assert list(reasons) == ['triton', 'cuda', 'torch', 'reference']
     assert reasons['torch'] is None
     assert isinstance(reasons['triton'], str)
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from linvis_ops._dispatch import Backend
 from linvis_ops._triton import dtype_unavailable, triton_unavailable
+from linvis_ops.bi_wkv import cuda
 from linvis_ops.bi_wkv.reference import bi_wkv_backward, bi_wkv_chunked
 
 
@@ -31,5 +32,7 @@ def _always(*_tensors: Tensor) -> str | None:
 
 BACKENDS = (
     Backend('triton', _triton_unavailable, _triton_forward, _triton_backward),
+    # behind Triton until it has been measured
+    Backend('cuda', cuda.cuda_unavailable, cuda.bi_wkv_forward, cuda.bi_wkv_backward),
     Backend('torch', _always, bi_wkv_chunked, bi_wkv_backward),
 )

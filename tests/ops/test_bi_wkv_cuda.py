@@ -1,0 +1,194 @@
+"""The CUDA backend of Bi-WKV: its arithmetic, thread by thread on the CPU, and its availability."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from linvis_ops import BackendUnavailableError, available_backends, bi_wkv
+from linvis_ops.bi_wkv import cuda
+from linvis_ops.bi_wkv.reference import bi_wkv_quadratic
+from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
+
+ROOT = Path(__file__).parents[2]
+NAMES = ('dw', 'du', 'dk', 'dv')
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    """The phases of the kernels, compiled for the CPU."""
+    compiler = shutil.which('g++')
+    if compiler is None:
+        pytest.skip('there is no g++')
+    library = tmp_path_factory.mktemp('host') / 'bi_wkv_host.so'
+    include = Path(torch.__file__).parent / 'include'
+    command = [compiler, '-std=c++17', '-O1', '-shared', '-fPIC', '-Wall', '-Wextra', '-Werror']
+    command += ['-Wno-unknown-pragmas', f'-I{ROOT / "ops/csrc"}', '-isystem', str(include)]
+    command += [str(Path(__file__).with_name('bi_wkv_host.cpp')), '-o', str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointers(*tensors):
+    return (ctypes.c_void_p * 8)(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+def division(host, shape, element_size, backward, multiprocessors=132):
+    """Rows, segments, tokens of a row, threads along the channels."""
+    result = (ctypes.c_int * 4)()
+    sizes = (ctypes.c_int64 * 3)(*shape)
+    host.bi_wkv_division(element_size, backward, sizes, multiprocessors, result)
+    return tuple(result)
+
+
+def run(host, w, u, k, v, g=None, rows=None, paired=False):
+    """y, or the four gradients if there is g; by default in the rows that a GPU would be given."""
+    backward = g is not None
+    batch, tokens, channels = v.shape
+    given_rows, _, length, _ = division(host, v.shape, v.element_size(), backward)
+    rows = min(rows or given_rows, -(-tokens // length))
+    segments = -(-tokens // (rows * length))
+    first, second = torch.empty(v.shape, dtype=v.dtype), torch.empty(v.shape, dtype=v.dtype)
+    partial = torch.empty(2, batch * segments, channels)
+    given = [x if x is None or x.stride(2) == 1 else x.contiguous() for x in (k, v, g)]
+    strides = [s for x in given for s in ((0, 0) if x is None else x.stride()[:2])]
+    host.bi_wkv_run(
+        DTYPES[v.dtype], backward, paired, rows, pointers(w, u, *given, first, second, partial),
+        (ctypes.c_int64 * 6)(*strides), (ctypes.c_int64 * 3)(*v.shape),
+    )  # fmt: skip
+    return (*partial.sum(1), second, first) if backward else first
+
+
+def check(host, inputs, rows=None, paired=False, factor=2.0):
+    dtype = inputs[3].dtype
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    plain = [t.detach().requires_grad_() for t in inputs]
+    given = [t.detach() for t in inputs]
+    y64, y_plain = bi_wkv_quadratic(*exact), bi_wkv_quadratic(*plain)
+    y = run(host, *given, rows=rows, paired=paired)
+    assert_matches('y', y, y64, y_plain, dtype)
+    g = torch.randn(y64.shape, dtype=torch.float64).to(dtype)
+    result = run(host, *given, g, rows=rows, paired=paired)
+    for name, a, e, p in zip(
+        NAMES, result, gradients(y64, exact, g), gradients(y_plain, plain, g), strict=True
+    ):
+        assert_matches(name, a, e, p, dtype, factor)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('tokens', [1, 2, 7, 8, 9, 16, 17, 49, 196, 512])
+def test_sequences_of_one_thread_block(host, tokens, dtype):
+    check(host, bi_wkv_inputs(2, tokens, 5, dtype))
+
+
+@pytest.mark.parametrize('channels', [1, 3, 32, 34, 70])
+@pytest.mark.parametrize('rows', [3, None])
+def test_channels(host, rows, channels):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = bi_wkv_inputs(2, 60, channels, dtype)
+        check(host, inputs, rows)
+        if channels % 2 == 0:
+            check(host, inputs, rows, paired=True)
+
+
+@pytest.mark.parametrize('rows', [1, 2, 4, 5, 16])
+@pytest.mark.parametrize('tokens', [17, 129, 300])
+def test_segments(host, tokens, rows):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(host, bi_wkv_inputs(2, tokens, 6, dtype, decay=0.3), rows)
+
+
+@pytest.mark.parametrize('rows', [2, None])
+@pytest.mark.parametrize('decay', [0.0, 1.0, 2.0, 12.0, 30.0])
+@pytest.mark.parametrize('keys', ['wide', 'equal'])
+@pytest.mark.parametrize('tokens', [12, 197])
+def test_extreme_inputs_are_finite_and_right(host, tokens, keys, decay, rows):
+    w, u, k, v = bi_wkv_inputs(1, tokens, 8, decay=decay)
+    with torch.no_grad():
+        k.uniform_(-80, 80) if keys == 'wide' else k.fill_(-80.0)
+    # where far tokens weigh most, they dominate all tokens, and v - y cancels: README.md, Numerics
+    check(host, (w, u, k, v), rows, factor=4.0)
+
+
+@pytest.mark.parametrize('bonus', [-30.0, -19.0, 19.0, 30.0])
+def test_large_bonus_of_either_sign(host, bonus):
+    w, u, k, v = bi_wkv_inputs(1, 6, 8)
+    with torch.no_grad():
+        u.fill_(bonus)
+    check(host, (w, u, k, v))
+
+
+@pytest.mark.parametrize('backward', [False, True])
+@pytest.mark.parametrize('element_size', [2, 4])
+@pytest.mark.parametrize(
+    'shape', [(1, 1, 1), (128, 196, 192), (2, 513, 7), (1, 65536, 192), (2, 4200, 768)]
+)
+def test_division_covers_the_sequence(host, shape, element_size, backward):
+    rows, segments, length, pairs = division(host, shape, element_size, backward)
+    assert (segments - 1) * rows * length < shape[1] <= segments * rows * length
+    assert rows * pairs <= 512
+
+
+def test_a_sequence_of_196_tokens_is_one_segment(host):
+    for backward in (False, True):
+        assert division(host, (128, 196, 192), 2, backward)[1] == 1
+
+
+def test_strides(host):
+    w, u, _, v = (t.detach() for t in bi_wkv_inputs(2, 40, 12))
+    wide = torch.randn(2, 40, 36)
+    g = torch.randn(2, 1, 12).expand(-1, 40, -1)
+    expected = run(host, w, u, wide[..., 12:24].contiguous(), v, g.contiguous(), rows=2)
+    actual = run(host, w, u, wide[..., 12:24], v, g, rows=2, paired=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+# Availability
+
+
+@pytest.fixture
+def importing(monkeypatch):
+    """Let importing the extension raise an error, or succeed."""
+
+    def choose(error):
+        def import_module(name):
+            assert name == 'linvis_ops._C'
+            if error is not None:
+                raise error
+
+        importlib = SimpleNamespace(import_module=import_module)
+        monkeypatch.setattr(cuda, 'importlib', importlib)
+        cuda.extension_error.cache_clear()
+
+    yield choose
+    cuda.extension_error.cache_clear()
+
+
+def test_an_extension_that_was_not_built_is_named_with_its_remedy(importing):
+    importing(ModuleNotFoundError("No module named 'linvis_ops._C'"))
+    reason = 'linvis_ops was installed without its CUDA extension; build with LINVIS_BUILD_CUDA=1'
+    assert available_backends('bi_wkv')['cuda'] == reason
+    with pytest.raises(BackendUnavailableError, match=f'cuda cannot run, since {reason}'):
+        bi_wkv(*bi_wkv_inputs(1, 4, 2), backend='cuda')
+
+
+def test_an_extension_of_another_pytorch_is_a_reason_not_a_traceback(importing):
+    importing(ImportError('undefined symbol: x'))
+    assert available_backends('bi_wkv')['cuda'] == (
+        'its CUDA extension cannot be loaded (undefined symbol: x); build it again for this PyTorch'
+    )
+
+
+def test_inputs_that_the_extension_cannot_take(importing, monkeypatch):
+    importing(None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert cuda.cuda_unavailable() == 'there is no CUDA device'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert cuda.cuda_unavailable() is None
+    assert cuda.cuda_unavailable(torch.zeros(1)) == 'the inputs are on cpu'
