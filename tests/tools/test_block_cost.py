@@ -144,7 +144,7 @@ def test_products_have_the_shapes_of_their_results(kind, shape):
 @pytest.mark.parametrize(
     ('arch', 'precision', 'forward', 'both'),
     [
-        # worked out by hand from docs/block_cost.md, in bytes a token and channel
+        # worked out by hand from docs/models/vrwkv.md, in bytes a token and channel
         ('tiny', 'bfloat16', 56, 56 + 76),
         ('tiny', 'autocast', 68, 68 + 96),
         ('small', 'bfloat16', 56, 56 + 82),

@@ -7,7 +7,8 @@ precisions: `autocast` (float32 weights and residual stream under bfloat16 autoc
 trained) and `bfloat16` (weights and stream in bfloat16, the least traffic of inference). It runs
 eager and compiled, each as it is launched and in a CUDA graph. Beside stands what no implementation
 can avoid: the products of its linear layers, each measured alone, and the least traffic of all
-other steps at the speed of a copy in the same run. docs/block_cost.md says which steps these are.
+other steps at the speed of a copy in the same run. docs/models/vrwkv.md says which steps these
+are.
 """
 
 from __future__ import annotations
