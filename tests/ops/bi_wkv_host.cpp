@@ -22,8 +22,12 @@ void run(const Args& args) {
     std::vector<Worker> workers;
     for (int thread = 0; thread < args.rows * Shape::PAIRS; ++thread)
       workers.emplace_back(args, shared.data(), block, thread);
-    for (int phase = 0; phase < Worker::PHASES; ++phase)
-      for (auto& worker : workers) worker.run(phase);
+    // both orders of the threads: the result must not depend on it
+    for (int phase = 0; phase < Worker::PHASES; ++phase) {
+      const bool reverse = (block + phase) % 2 != 0;
+      for (size_t i = 0; i < workers.size(); ++i)
+        workers[reverse ? workers.size() - 1 - i : i].run(phase);
+    }
   }
 }
 
