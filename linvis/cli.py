@@ -82,6 +82,10 @@ def main_test(argv: Sequence[str] | None = None) -> int:
 
 def _main(parser: argparse.ArgumentParser, task: str, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
+    if 'OMP_WAIT_POLICY' not in os.environ:
+        # Threads of PyTorch that wait on a CPU spin for microseconds, then sleep: spinning for
+        # longer, they stall one another where the cores are shared. Read when torch is imported.
+        os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     if args.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
     if args.local_rank is not None:

@@ -5,7 +5,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from linvis.utils.environment import collect_environment, format_environment
+try:
+    from linvis.utils.environment import collect_environment, format_environment
+except ModuleNotFoundError as error:
+    sys.exit(f'{error} in {sys.executable}: activate the environment, as the README says.')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

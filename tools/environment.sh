@@ -5,7 +5,7 @@
 # for. What is there already is reused. From the environment: PYTHON (an interpreter, 3.10 to 3.13), VENV (.venv).
 
 PROJECT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${VENV:-${PROJECT_DIR}/.venv}
+VENV=$(realpath --canonicalize-missing "${VENV:-${PROJECT_DIR}/.venv}")  # absolute: scripts change the folder
 
 fail() {
     echo "error: $*" >&2

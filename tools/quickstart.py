@@ -202,8 +202,7 @@ class Quickstart:
     def _run(self, name: str, step: str, command: list[str]) -> None:
         """Runs one step, shows its progress and keeps its output."""
         log = self.folder / name / f'{step}.log'
-        # Threads that wait asleep: spinning ones stall each other where the cores are shared.
-        environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ, 'PYTHONUNBUFFERED': '1'}
+        environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
         with log.open('a') as file:
             process = subprocess.Popen(
                 [sys.executable, *command],
@@ -297,6 +296,15 @@ def table(rows: Sequence[dict]) -> str:
     return '\n'.join([texts[0], '-' * max(map(len, texts)), *texts[1:]])
 
 
+def with_earlier_rows(folder: Path, rows: list[dict]) -> list[dict]:
+    """Adds to the rows those that earlier runs wrote for other tasks, in the order of TASKS."""
+    file = folder / 'summary.json'
+    earlier = json.loads(file.read_text())['rows'] if file.is_file() else []
+    done = {row['task'] for row in rows}
+    merged = rows + [row for row in earlier if row['task'] not in done]
+    return sorted(merged, key=lambda row: list(TASKS).index(row['task']))
+
+
 def write_json(path: Path, content: object) -> None:
     """Writes a file that is either complete or the one before."""
     part = path.with_suffix('.part')
@@ -307,9 +315,21 @@ def write_json(path: Path, content: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the arguments, runs the tasks and prints the table."""
     parser = argparse.ArgumentParser(description='Train and test the three tasks on data/mini.')
-    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS), metavar='TASK')
+    parser.add_argument(
+        '--tasks',
+        nargs='+',
+        choices=TASKS,
+        default=list(TASKS),
+        metavar='TASK',
+        help=f'any of {", ".join(TASKS)} (default: all)',
+    )
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'quickstart')
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=ROOT / 'work_dirs' / 'quickstart',
+        help='folder of logs, checkpoints, pictures and the summary',
+    )
     parser.add_argument(
         '--jobs', type=int, help='tasks run at the same time (default: all beside a GPU, else 1)'
     )
@@ -333,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StepError as error:
         print(f'{parser.prog}: {error}', file=sys.stderr)
         return 1
-    write_json(folder / 'summary.json', {'note': NOTE, 'rows': rows})
+    write_json(folder / 'summary.json', {'note': NOTE, 'rows': with_earlier_rows(folder, rows)})
     print(f'\n{table(rows)}\n\n{NOTE}\n')
     for name in args.tasks:
         print(f'{name}: curves {folder / name / "curves.png"}')

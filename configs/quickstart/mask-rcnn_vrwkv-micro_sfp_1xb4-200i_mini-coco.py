@@ -111,7 +111,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 default_hooks = dict(
-    logger=dict(interval=10),
+    logger=dict(interval=10, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=50, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False, window_size=10)

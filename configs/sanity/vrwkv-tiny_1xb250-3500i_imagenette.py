@@ -86,7 +86,7 @@ val_cfg = dict()
 test_cfg = dict()
 
 default_hooks = dict(
-    logger=dict(interval=100),
+    logger=dict(interval=100, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=1000, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False)

@@ -21,7 +21,7 @@ def user_sentence(error: BaseException) -> str | None:
 
     A mistake of the user is: an exception that linvis or linvis_ops raises on purpose (a `raise`
     statement), also in a process of the data loader, a name that is in no registry, an argument
-    that a class does not have, and a GPU without memory left.
+    that a class does not have, a class beyond those of the head, and a GPU without memory left.
 
     Args:
         error: The exception with its traceback.
@@ -41,6 +41,11 @@ def user_sentence(error: BaseException) -> str | None:
         return f'{name} is not a known {registry.rpartition("::")[2]}: check `type` in the config.'
     if isinstance(error, TypeError) and 'unexpected keyword argument' in text:
         return f'{text}: check the config.' if _raised_while_building(error) else None
+    if text.startswith(('Class Index must be less than', 'Class values must be smaller than')):
+        return (
+            'A label is not below model.head.num_classes: set that to the number of classes, which '
+            'is the number of folders in the training set.'
+        )
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, RuntimeError, ImportError)):
         return text if isinstance(error, LaunchError) or _raised_by_linvis(error) else None
     return None

@@ -61,7 +61,7 @@ def collect_environment(root: Path | None = None) -> Report:
         'System': _system(),
         'Packages': {name: package_version(name) for name in _PACKAGES},
         'Devices': _devices(),
-        'Operators': operator_backends(),
+        'Operators': _operators_or_error(),
         'Libraries': {'mmcv._ext': mmcv_extension(), 'COCO evaluation': coco_evaluator()},
         'Data': _data_folders(root or Path()),
     }
@@ -121,18 +121,30 @@ def package_version(name: str) -> str:
 
 
 def operator_backends() -> dict[str, str]:
-    """Returns, for each operator, the backend that runs here and why others do not."""
+    """Returns, for each operator, the backend that runs here and why others do not.
+
+    Raises:
+        BackendUnavailableError: If LINVIS_OPS_BACKEND names a backend that an operator does not
+            have, or that cannot run here.
+    """
     if importlib.util.find_spec('linvis_ops') is None:
         return {'linvis_ops': 'missing: pip install -e . in the folder of linvis'}
-    from linvis_ops import available_backends, operators
+    from linvis_ops import available_backends, default_backend, operators
 
     described = {}
     for name in operators():
         reasons = available_backends(name)
-        chosen = next(backend for backend, reason in reasons.items() if reason is None)
+        chosen = default_backend(name)
         others = [f'no {backend}: {reason}' for backend, reason in reasons.items() if reason]
         described[name] = f'{chosen} ({"; ".join(others)})' if others else chosen
     return described
+
+
+def _operators_or_error() -> dict[str, str]:
+    try:
+        return operator_backends()
+    except RuntimeError as error:
+        return {'error': str(error)}
 
 
 def mmcv_extension() -> str:

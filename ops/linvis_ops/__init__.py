@@ -4,7 +4,12 @@ Depends on torch alone; Triton is used where it is there. See README.md of each 
 for its mathematics.
 """
 
-from linvis_ops._dispatch import BackendUnavailableError, available_backends, operators
+from linvis_ops._dispatch import (
+    BackendUnavailableError,
+    available_backends,
+    default_backend,
+    operators,
+)
 from linvis_ops.bi_wkv import bi_wkv
 from linvis_ops.ms_deform_attn import ms_deform_attn
 from linvis_ops.q_shift import q_shift
@@ -14,6 +19,7 @@ __all__ = [
     'BackendUnavailableError',
     'available_backends',
     'bi_wkv',
+    'default_backend',
     'ms_deform_attn',
     'operators',
     'q_shift',

@@ -90,6 +90,22 @@ def requested_backend(op: str, name: str) -> str:
     return override
 
 
+def default_backend(op: str) -> str:
+    """The backend that 'auto' stands for on this machine, whatever the tensors.
+
+    Raises:
+        BackendUnavailableError: If LINVIS_OPS_BACKEND names one that the operator does not have, or
+            that cannot run here.
+    """
+    reasons = available_backends(op)
+    name = requested_backend(op, 'auto')
+    if name == 'auto':
+        return next(backend for backend, reason in reasons.items() if reason is None)
+    if reasons[name] is not None:
+        raise BackendUnavailableError(f'{op}: {name} cannot run, since {reasons[name]}.')
+    return name
+
+
 @functools.cache
 def _say_once(level: int, message: str) -> None:
     logger.log(level, message)

@@ -156,6 +156,13 @@ def test_metric_judges_the_pictures_of_the_data_set_only(path):
 
 
 @each_config
+def test_scores_are_logged_at_the_iteration_where_they_were_measured(path):
+    cfg = Config.fromfile(path)
+    by_epoch = cfg.train_cfg.get('by_epoch', cfg.train_cfg.get('type') != 'IterBasedTrainLoop')
+    assert cfg.default_hooks.logger.get('log_metric_by_epoch', True) is by_epoch
+
+
+@each_config
 def test_config_trains_one_step_and_predicts(path, tmp_path, monkeypatch, leave_no_trace):
     from linvis.engine.runner import TaskRunner
 

@@ -83,6 +83,16 @@ def test_sentence_has_one_line():
     assert user_sentence(LaunchError('first\n  second')) == 'first second'
 
 
+def test_class_beyond_those_of_the_head_comes_with_a_remedy():
+    # as the losses of mmpretrain word it, and torch.nn.functional.one_hot
+    for error in (
+        AssertionError('Class Index must be less than number of classes'),
+        RuntimeError('Class values must be smaller than num_classes.'),
+    ):
+        assert 'set that to the number of classes' in user_sentence(error)
+    assert user_sentence(AssertionError('something else')) is None
+
+
 def test_full_gpu_memory_comes_with_a_remedy():
     error = torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')
     sentence = user_sentence(error)

@@ -63,3 +63,8 @@ def test_a_metric_measured_once_gets_no_panel(curves, work_dir):
     write_log(work_dir, '20260103_000000', [{'mIoU': 40.0, 'step': 0}])
     figure = curves.plot([curves.Run(work_dir)])
     assert 'mIoU' not in {axis.get_title() for axis in figure.axes}
+
+
+def test_picture_that_cannot_be_written_is_told(curves, work_dir, tmp_path, capsys):
+    assert curves.main([str(work_dir), '--out', str(tmp_path / 'curves.xyz')]) == 1
+    assert 'curves.xyz cannot be written' in capsys.readouterr().err

@@ -149,6 +149,14 @@ def test_no_jobs_are_refused(quickstart, capsys):
     assert '--jobs must be at least 1, not 0' in capsys.readouterr().err
 
 
+def test_summary_keeps_the_rows_of_other_tasks(quickstart, tmp_path):
+    for task in ('segmentation', 'detection'):
+        options = ['--tasks', task, '--device', 'cpu', '--work-dir', str(tmp_path)]
+        assert quickstart.main(options) == 0
+    rows = json.loads((tmp_path / 'summary.json').read_text())['rows']
+    assert [row['task'] for row in rows] == ['detection', 'detection', 'segmentation']
+
+
 def test_second_run_repeats_nothing_and_prints_the_same_table(quickstart, tmp_path, capsys):
     run(quickstart, tmp_path)
     first = json.loads((tmp_path / 'summary.json').read_text())

@@ -36,8 +36,29 @@ def test_operators_say_why_a_backend_does_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(linvis_ops, 'operators', lambda: ('bi_wkv',))
     reasons = {'triton': 'there is no CUDA device', 'torch': None, 'reference': None}
     monkeypatch.setattr(linvis_ops, 'available_backends', lambda name: reasons)
+    monkeypatch.setattr(linvis_ops, 'default_backend', lambda name: 'torch')
     described = environment.operator_backends()
     assert described == {'bi_wkv': 'torch (no triton: there is no CUDA device)'}
+
+
+def test_backend_that_is_asked_for_is_reported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'reference')
+    assert environment.operator_backends()['bi_wkv'].startswith('reference')
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [('nonsense', "there is no backend 'nonsense'"), ('triton', 'triton cannot run, since')],
+)
+def test_backend_that_cannot_run_is_told_before_anything_runs(monkeypatch, name, message):
+    from linvis_ops import BackendUnavailableError, available_backends
+
+    if name == 'triton' and available_backends('bi_wkv')['triton'] is None:
+        pytest.skip('Triton runs here')
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', name)
+    with pytest.raises(BackendUnavailableError, match=message):
+        environment.startup_lines('cpu, 1 process')
+    assert message in environment.collect_environment()['Operators']['error']
 
 
 def test_devices_without_gpu(monkeypatch: pytest.MonkeyPatch):

@@ -104,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{parser.prog}: {error}', file=sys.stderr)
         return 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=120)
+    try:
+        figure.savefig(args.out, dpi=120)
+    except (OSError, ValueError) as error:
+        print(f'{parser.prog}: {args.out} cannot be written: {error}', file=sys.stderr)
+        return 1
     print(f'Wrote {args.out}.')
     return 0
 
