@@ -86,7 +86,7 @@ def test_stopped_run_keeps_its_rows(with_gpu, monkeypatch, tmp_path):
     ('arguments', 'message'),
     [
         (['--op', 'wkv'], "run.py: there is no operator 'wkv'; there are bi_wkv"),
-        (['--impl', 'cuda'], "run.py: there is no implementation 'cuda'"),
+        (['--impl', 'opencl'], "run.py: there is no implementation 'opencl'"),
         (['--op', 'bi_wkv', '--shape', '1x2'], 'run.py: the shape 1x2 fits no operator'),
         (['--ops', '/nowhere'], 'run.py: /nowhere has no package linvis_ops.'),
         (['--compare', 'no-such-version'], "'no-such-version' is neither a commit nor a folder"),

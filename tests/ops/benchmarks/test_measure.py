@@ -127,7 +127,7 @@ def test_groups_of_implementations():
     (wkv,) = named(['bi_wkv'])
     ours = [one.name for one in Selection([wkv], impls=['ours']).chosen(wkv)]
     rivals = [one.name for one in Selection([wkv], impls=['rivals']).chosen(wkv)]
-    assert ours == ['triton', 'torch']
+    assert ours == ['triton', 'cuda', 'torch']
     assert rivals == ['reference', 'sdpa_cudnn', 'sdpa_flash', 'fla_rwkv4_x2', 'copy']
     assert [one.name for one in Selection([wkv]).chosen(wkv)] == ours + rivals
 
@@ -135,7 +135,7 @@ def test_groups_of_implementations():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'impls': ['cuda']}, "no implementation 'cuda'; there are ours, rivals, copy, fla"),
+        ({'impls': ['opencl']}, "no implementation 'opencl'; there are ours, rivals, copy, fla"),
         ({'shapes': [(1, 2)]}, 'the shape 1x2 fits no operator: bi_wkv BxTxC'),
     ],
 )
