@@ -135,7 +135,7 @@ def test_groups_of_implementations():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'impls': ['opencl']}, "no implementation 'opencl'; there are ours, rivals, copy, fla"),
+        ({'impls': ['opencl']}, "no implementation 'opencl'; there are ours, rivals, copy, cuda"),
         ({'shapes': [(1, 2)]}, 'the shape 1x2 fits no operator: bi_wkv BxTxC'),
     ],
 )
