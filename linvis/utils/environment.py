@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import platform
 import subprocess
 import sys
@@ -135,7 +136,8 @@ def operator_backends() -> dict[str, str]:
     for name in operators():
         reasons = available_backends(name)
         chosen = default_backend(name)
-        others = [f'no {backend}: {reason}' for backend, reason in reasons.items() if reason]
+        preferred = itertools.takewhile(chosen.__ne__, reasons)
+        others = [f'no {backend}: {reasons[backend]}' for backend in preferred if reasons[backend]]
         described[name] = f'{chosen} ({"; ".join(others)})' if others else chosen
     return described
 
