@@ -58,9 +58,10 @@ class MixerBlock(nn.Module):
         branch = norm(mixer(x, hw)) if self.post_norm else mixer(norm(x), hw)
         if gamma is None:
             return x + self.drop_path(branch)
-        # drop path scales samples as gamma scales channels: one factor, one pass over the tokens
-        factor = self.drop_path(gamma.expand(x.shape[0], 1, -1))  # (B, 1, C)
-        return torch.addcmul(x, factor, branch)
+        if self.training and self.drop_path.p > 0:
+            # drop path scales samples as gamma does channels: one factor, one pass over tokens
+            gamma = self.drop_path(gamma.expand(x.shape[0], 1, -1))  # (B, 1, C)
+        return torch.addcmul(x, gamma, branch)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Apply the layer.

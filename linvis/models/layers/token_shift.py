@@ -24,8 +24,10 @@ def shift_and_mix(
     # the operator takes them in float32, even in a model of lower precision
     weights = tuple(mu.flatten().to(torch.promote_types(x.dtype, torch.float32)) for mu in mus)
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else None
+    dtype = None
+    # a device without autocast, such as 'meta', cannot be asked whether it is enabled
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device) if x.dtype != torch.float64 else None
     return q_shift_mix(x, hw, weights, dtype=dtype, backend=backend)
 
 
