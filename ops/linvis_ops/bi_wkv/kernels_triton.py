@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, divide, exp2
-from linvis_ops.bi_wkv.launch import Launch, launch_for
+from linvis_ops.bi_wkv.launch import Launch, by_rows, launch_for
 
 NOTHING = tl.constexpr(-1e30)
 # Largest |w| * L and largest |u| for which a block is computed with one reference.
@@ -447,11 +447,6 @@ def bi_wkv_out_kernel(
         batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_batch, v_batch,
         k_stride, v_stride, C, L, GROUP, AT_ONCE,
     )  # fmt: skip
-
-
-def by_rows(x: Tensor) -> Tensor:
-    """The tensor (B, T, C) with channels next to one another in memory, copied if they are not."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def lane_sums(

@@ -19,7 +19,6 @@ from linvis_ops.bi_wkv.kernels_triton import (
     NOTHING,
     SPAN,
     block_decay,
-    by_rows,
     entering_lane,
     fold,
     group_sums,
@@ -36,7 +35,7 @@ from linvis_ops.bi_wkv.kernels_triton import (
     sweep,
     weigh,
 )
-from linvis_ops.bi_wkv.launch import Launch, launch_for
+from linvis_ops.bi_wkv.launch import Launch, by_rows, launch_for
 
 # Fields of a block: value and distance of its reference with what enters from behind, then the same
 # four of the sums of p and q behind it in the lane.

@@ -104,3 +104,8 @@ def launch_for(x: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
         warps=max(width // (32 * rule.per_thread), 1),
         at_once=rule.at_once,
     )
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """The tensor (B, T, C) with channels next to one another in memory, copied if they are not."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
