@@ -25,8 +25,8 @@ def shift_and_mix(
     weights = tuple(mu.flatten().to(torch.promote_types(x.dtype, torch.float32)) for mu in mus)
     device = x.device.type
     dtype = None
-    # a device without autocast, such as 'meta', cannot be asked whether it is enabled
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # the meta device cannot be asked whether autocast is enabled
+    if not x.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device) if x.dtype != torch.float64 else None
     return q_shift_mix(x, hw, weights, dtype=dtype, backend=backend)
 
