@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, divide, exp2
-from linvis_ops.bi_wkv.launch import Launch, by_rows, launch_for
+from linvis_ops.bi_wkv.launch import Launch, by_rows, launch_for, rows_between
 
 NOTHING = tl.constexpr(-1e30)
 # Largest |w| * L and largest |u| for which a block is computed with one reference.
@@ -236,7 +236,7 @@ def slow_token(
 
 @triton.jit
 def walk_for_sums(
-    batch, n, c, mask, w, u, k, v, lanes, states, T, N, blocks, k_batch, v_batch,
+    batch, n, c, mask, w, u, k, v, lanes, states, T, N, blocks, k_rows, v_rows,
     k_stride: tl.constexpr, v_stride: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
@@ -247,8 +247,8 @@ def walk_for_sums(
     d, _lack = block_decay(b_w, w2, L)
     fast = in_range(b_w, b_u, L)
     start = n * blocks * L
-    p_k = k + batch * k_batch + start.to(tl.int64) * k_stride + c
-    p_v = v + batch * v_batch + start.to(tl.int64) * v_stride + c
+    p_k = k + (batch * k_rows + start) * k_stride + c
+    p_v = v + (batch * v_rows + start) * v_stride + c
     p_state = states + (batch * N + n) * blocks * (BLOCK * C) + c
     zero = tl.zeros((BC,), tl.float32)
     fv, fd, f0, f1 = zero + NOTHING, zero, zero, zero
@@ -283,19 +283,19 @@ def walk_for_sums(
     store_fields(p_lane + LANE // 2 * C, C, mask, bv, bd, b0, b1)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_rows', 'v_rows'])
 def bi_wkv_lane_kernel(
     w,  # (C,)
     u,  # (C,)
-    k,  # (B, T, C), strides (k_batch, k_stride, 1)
+    k,  # (B, T, C), strides (k_rows * k_stride, k_stride, 1)
     v,
     lanes,  # (B, N, LANE, C)
     states,  # (B, N, blocks, BLOCK, C)
     T,
     N,
     blocks,
-    k_batch,
-    v_batch,
+    k_rows,
+    v_rows,
     k_stride: tl.constexpr,
     v_stride: tl.constexpr,
     C: tl.constexpr,
@@ -305,7 +305,7 @@ def bi_wkv_lane_kernel(
     """Sums of a lane for the tokens outside it, and for each of its blocks of the tokens before."""
     batch, n, c, mask = place(tl.program_id(0), N, C, BC)
     walk_for_sums(
-        batch, n, c, mask, w, u, k, v, lanes, states, T, N, blocks, k_batch, v_batch,
+        batch, n, c, mask, w, u, k, v, lanes, states, T, N, blocks, k_rows, v_rows,
         k_stride, v_stride, C, L, BC,
     )  # fmt: skip
 
@@ -354,7 +354,7 @@ def reference(w2, k, fv, fd, bv, bd, L: tl.constexpr):
 
 @triton.jit
 def walk_for_outputs(
-    batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_batch, v_batch,
+    batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_rows, v_rows,
     k_stride: tl.constexpr, v_stride: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -374,8 +374,8 @@ def walk_for_outputs(
         s = used - 1 - i
         t = (start + s * L).to(tl.int64)
         left = T - start - s * L
-        p_k = k + batch * k_batch + t * k_stride + c
-        p_v = v + batch * v_batch + t * v_stride + c
+        p_k = k + (batch * k_rows + t) * k_stride + c
+        p_v = v + (batch * v_rows + t) * v_stride + c
         p_y = y + (batch * T + t) * C + c
         p_state = states + ((batch * N + n) * blocks + s) * (BLOCK * C) + c
         qv, qd, q0, q1 = load_fields(p_state, C, mask)
@@ -416,7 +416,7 @@ def walk_for_outputs(
                 bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, a, j * 1.0, x, 1.0)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch'])
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_rows', 'v_rows'])
 def bi_wkv_out_kernel(
     w,
     u,
@@ -429,8 +429,8 @@ def bi_wkv_out_kernel(
     T,
     N,
     blocks,
-    k_batch,
-    v_batch,
+    k_rows,
+    v_rows,
     k_stride: tl.constexpr,
     v_stride: tl.constexpr,
     C: tl.constexpr,
@@ -444,7 +444,7 @@ def bi_wkv_out_kernel(
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, n, c, mask = place(pid, N, C, BC)
     walk_for_outputs(
-        batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_batch, v_batch,
+        batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_rows, v_rows,
         k_stride, v_stride, C, L, GROUP, AT_ONCE,
     )  # fmt: skip
 
@@ -459,7 +459,7 @@ def lane_sums(
     tiles = triton.cdiv(channels, launch.channels)
     bi_wkv_lane_kernel[(batch * launch.lanes * tiles,)](
         w, u, k, v, lanes, states, tokens, launch.lanes, launch.blocks,
-        k.stride(0), v.stride(0), k.stride(1), v.stride(1),
+        rows_between(k), rows_between(v), k.stride(1), v.stride(1),
         channels, launch.length, launch.channels, num_warps=launch.warps,
     )  # fmt: skip
     return lanes, group_sums(w, lanes, launch), states
@@ -492,7 +492,7 @@ def bi_wkv_forward(
         tiles = triton.cdiv(channels, launch.channels)
         bi_wkv_out_kernel[(batch * launch.lanes * tiles,)](
             w, u, k, v, y, lanes, groups, states, tokens, launch.lanes, launch.blocks,
-            k.stride(0), v.stride(0), k.stride(1), v.stride(1),
+            rows_between(k), rows_between(v), k.stride(1), v.stride(1),
             channels, launch.length, launch.channels, launch.group, launch.at_once,
             num_warps=launch.warps,
         )  # fmt: skip

@@ -35,7 +35,7 @@ from linvis_ops.bi_wkv.kernels_triton import (
     sweep,
     weigh,
 )
-from linvis_ops.bi_wkv.launch import Launch, by_rows, launch_for
+from linvis_ops.bi_wkv.launch import Launch, by_rows, launch_for, rows_between
 
 # Fields of a block: value and distance of its reference with what enters from behind, then the same
 # four of the sums of p and q behind it in the lane.
@@ -72,7 +72,7 @@ def slow_gradient_terms(
     return -sums[8], -sums[9], p, q
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch', 'g_batch'])
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_rows', 'v_rows', 'g_rows'])
 def bi_wkv_adjoint_kernel(
     w,
     u,
@@ -88,9 +88,9 @@ def bi_wkv_adjoint_kernel(
     T,
     N,
     blocks,
-    k_batch,
-    v_batch,
-    g_batch,
+    k_rows,
+    v_rows,
+    g_rows,
     k_stride: tl.constexpr,
     v_stride: tl.constexpr,
     g_stride: tl.constexpr,
@@ -122,9 +122,9 @@ def bi_wkv_adjoint_kernel(
         s = used - 1 - i
         t = (start + s * L).to(tl.int64)
         left = T - start - s * L
-        p_k = k + batch * k_batch + t * k_stride + c
-        p_v = v + batch * v_batch + t * v_stride + c
-        p_g = g + batch * g_batch + t * g_stride + c
+        p_k = k + (batch * k_rows + t) * k_stride + c
+        p_v = v + (batch * v_rows + t) * v_stride + c
+        p_g = g + (batch * g_rows + t) * g_stride + c
         block = (batch * N + n) * blocks + s
         qv, qd, q0, q1 = load_fields(states + block * (BLOCK * C) + c, C, mask)
         qv, qd, q0, q1 = join(w2, qv, qd, q0, q1, fv, fd + s * L, f0, f1)
@@ -188,7 +188,7 @@ def bi_wkv_adjoint_kernel(
     store_fields(p_lane + LANE // 2 * C, C, mask, av, ad, a0, a1)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_batch', 'v_batch', 'g_batch'])
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_rows', 'v_rows', 'g_rows'])
 def bi_wkv_gradient_kernel(
     w,
     u,
@@ -205,9 +205,9 @@ def bi_wkv_gradient_kernel(
     T,
     N,
     blocks,
-    k_batch,
-    v_batch,
-    g_batch,
+    k_rows,
+    v_rows,
+    g_rows,
     k_stride: tl.constexpr,
     v_stride: tl.constexpr,
     g_stride: tl.constexpr,
@@ -236,9 +236,9 @@ def bi_wkv_gradient_kernel(
     for s in range(tl.minimum(blocks, tl.cdiv(T - start, L))):
         t = (start + s * L).to(tl.int64)
         left = T - start - s * L
-        p_k = k + batch * k_batch + t * k_stride + c
-        p_v = v + batch * v_batch + t * v_stride + c
-        p_g = g + batch * g_batch + t * g_stride + c
+        p_k = k + (batch * k_rows + t) * k_stride + c
+        p_v = v + (batch * v_rows + t) * v_stride + c
+        p_g = g + (batch * g_rows + t) * g_stride + c
         p_out = (batch * T + t) * C + c
         p_adjoint = adjoint_states + (((batch * N + n) * blocks + s) * (ADJOINT * C) + c)
         value, distance, b0, b1 = load_fields(p_adjoint, C, mask)
@@ -384,8 +384,8 @@ def bi_wkv_backward(
         partial = lanes.new_empty((2, batch * launch.lanes, channels))
         grid = (batch * launch.lanes * triton.cdiv(channels, launch.channels),)
         division = (
-            tokens, launch.lanes, launch.blocks, k.stride(0), v.stride(0), gy.stride(0),
-            k.stride(1), v.stride(1), gy.stride(1), channels,
+            tokens, launch.lanes, launch.blocks, rows_between(k), rows_between(v),
+            rows_between(gy), k.stride(1), v.stride(1), gy.stride(1), channels,
             launch.length, launch.channels, launch.group, launch.at_once,
         )  # fmt: skip
         bi_wkv_adjoint_kernel[grid](

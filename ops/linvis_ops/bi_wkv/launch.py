@@ -107,5 +107,17 @@ def launch_for(x: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
 
 
 def by_rows(x: Tensor) -> Tensor:
-    """The tensor (B, T, C) with channels next to one another in memory, copied if they are not."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+    """The tensor (B, T, C) if its memory is rows of channels at equal distances, else a copy.
+
+    The stride of sequences is then a multiple of the one of tokens, which `rows_between` says. The
+    kernels thus see that addresses are multiples of a constant, and move channels in pairs.
+    """
+    regular = x.stride(2) == 1 or x.shape[2] == 1
+    if regular and x.stride(1) > 0 and x.stride(0) % x.stride(1) == 0:
+        return x
+    return x.contiguous()
+
+
+def rows_between(x: Tensor) -> int:
+    """Rows of a tensor of `by_rows` from the start of one sequence to the start of the next."""
+    return x.stride(0) // x.stride(1)
