@@ -10,6 +10,7 @@ from linvis_ops._dispatch import (
     default_backend,
     operators,
 )
+from linvis_ops.bi_gla import bi_gla
 from linvis_ops.bi_wkv import bi_wkv
 from linvis_ops.ms_deform_attn import ms_deform_attn
 from linvis_ops.q_shift import q_shift
@@ -18,6 +19,7 @@ from linvis_ops.q_shift_mix import q_shift_mix
 __all__ = [
     'BackendUnavailableError',
     'available_backends',
+    'bi_gla',
     'bi_wkv',
     'default_backend',
     'ms_deform_attn',
