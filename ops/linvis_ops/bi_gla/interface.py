@@ -1,10 +1,12 @@
 """The public function of bidirectional gated linear attention."""
 
+import torch
 from torch import Tensor
 
-from linvis_ops import _dispatch
+from linvis_ops import _checks, _dispatch
 from linvis_ops._library import without_autocast
-from linvis_ops.bi_gla.reference import bi_gla_quadratic, bi_gla_recurrent
+from linvis_ops.bi_gla import op
+from linvis_ops.bi_gla.reference import bi_gla_quadratic
 
 NAME = 'bi_gla'
 
@@ -19,20 +21,20 @@ def bi_gla(
     *,
     backend: str = 'auto',
 ) -> Tensor:
-    """Bidirectional gated linear attention: two decaying states, read by one query.
+    """Bidirectional gated linear attention: one query reads two decaying states.
 
-    o[t] = scale * q[t] (Sf[t] + Sb[t]) / 2, with the (K, V) states
-    Sf[t] = diag(exp g_fwd[t]) Sf[t-1] + k[t] v[t]^T and
-    Sb[t] = diag(exp g_bwd[t]) Sb[t+1] + k[t] v[t]^T, zero beyond the ends.
+    o[t] = scale * q[t] (Sf[t] + Sb[t]) / 2, with K x V states
+    Sf[t] = diag(exp g_fwd[t]) Sf[t - 1] + k[t] v[t]^T and
+    Sb[t] = diag(exp g_bwd[t]) Sb[t + 1] + k[t] v[t]^T, which are zero beyond the ends.
     The token itself counts in both.
 
     Args:
         q: Queries, shape (B, T, H, K), float32, float16, bfloat16 or float64.
         k: Keys, same shape and dtype as q.
         v: Values, shape (B, T, H, V), same dtype as q.
-        g_fwd: Log gates of the forward direction, same shape as q, natural log, at most 0.
-            In the dtype of q, or float32 beside float16 and bfloat16.
-        g_bwd: Log gates of the backward direction, same shape and dtype as g_fwd.
+        g_fwd: Logarithms of the forward gates, natural, at most 0 (which is not checked), same
+            shape as q; in the dtype of q, or in float32 beside float16 and bfloat16.
+        g_bwd: Logarithms of the backward gates; shape and dtype of g_fwd.
         scale: Factor of the output; None: K**-0.5.
         backend: 'auto', or one of `available_backends('bi_gla')`. 'reference' is the definition in
             differentiable PyTorch: O(T^2) memory, any order of derivatives.
@@ -43,12 +45,72 @@ def bi_gla(
 
     Raises:
         ValueError: If shapes or devices disagree.
-        TypeError: If dtypes disagree.
+        TypeError: If dtypes disagree, or scale is no number.
         BackendUnavailableError: If the named backend cannot run these inputs; the message says why.
+
+    Source:
+        Gated linear attention (Yang et al., 2024), in two directions with their own gates as in
+        ViG (Liao et al., 2024); README.md of this folder has the derivation.
     """
-    if scale is None:
-        scale = float(q.shape[-1] ** -0.5)
-    with without_autocast(q):
-        if backend == _dispatch.REFERENCE:
-            return bi_gla_quadratic(q, k, v, g_fwd, g_bwd, scale)
-        return bi_gla_recurrent(q, k, v, g_fwd, g_bwd, scale).contiguous()
+    _checks.check_tensors(NAME, q=q, k=k, v=v, g_fwd=g_fwd, g_bwd=g_bwd)
+    _check_heads(q, k, v)
+    _check_gates(q, g_fwd, g_bwd)
+    _checks.check_device(NAME, [('q', q), ('k', k), ('v', v), ('g_fwd', g_fwd), ('g_bwd', g_bwd)])
+    # a number that follows from sizes is a torch.SymFloat while a network is exported
+    if scale is not None and not isinstance(scale, (float, int, torch.SymFloat)):
+        raise TypeError(f'{NAME}: scale must be a number or None, got {type(scale).__name__}.')
+    backend = _dispatch.requested_backend(NAME, backend)
+    if backend == _dispatch.REFERENCE:
+        with without_autocast(q):
+            return bi_gla_quadratic(q, k, v, g_fwd, g_bwd, scale).contiguous()
+    return op.bi_gla_fwd(q, k, v, g_fwd, g_bwd, scale, backend)
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q and k are (B, T, H, K) and v (B, T, H, V), of one dtype, not empty."""
+    for name, tensor, width in (('q', q, 'K'), ('k', k, 'K'), ('v', v, 'V')):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f'{NAME}: {name} must be (B, T, H, {width}), got {_checks.shape_text(tensor)}.'
+            )
+        if tensor.numel() == 0:
+            raise ValueError(f'{NAME}: {name} must not be empty, got {_checks.shape_text(tensor)}.')
+        if tensor.dtype not in _checks.TOKEN_DTYPES:
+            raise TypeError(
+                f'{NAME}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
+            )
+        if tensor.dtype != q.dtype:
+            raise TypeError(
+                f'{NAME}: q and {name} must have one dtype, got {q.dtype} and {tensor.dtype}.'
+            )
+    if k.shape != q.shape:
+        raise ValueError(
+            f'{NAME}: q and k must have one shape, '
+            f'got q {_checks.shape_text(q)}, k {_checks.shape_text(k)}.'
+        )
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f'{NAME}: q and v must agree in (B, T, H), '
+            f'got q {_checks.shape_text(q)}, v {_checks.shape_text(v)}.'
+        )
+
+
+def _check_gates(q: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> None:
+    """Raise unless the gates have the shape of q, and its dtype or float32 beside a short one."""
+    allowed = {q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32}
+    for name, gate in (('g_fwd', g_fwd), ('g_bwd', g_bwd)):
+        if gate.shape != q.shape:
+            raise ValueError(
+                f'{NAME}: q and {name} must have one shape, '
+                f'got q {_checks.shape_text(q)}, {name} {_checks.shape_text(gate)}.'
+            )
+        if gate.dtype not in allowed:
+            names = ' or '.join(sorted(map(str, allowed)))
+            raise TypeError(
+                f'{NAME}: {name} must be {names} beside {q.dtype} q, got {gate.dtype}; '
+                f'cast it first.'
+            )
+    if g_fwd.dtype != g_bwd.dtype:
+        raise TypeError(
+            f'{NAME}: g_fwd and g_bwd must have one dtype, got {g_fwd.dtype} and {g_bwd.dtype}.'
+        )
