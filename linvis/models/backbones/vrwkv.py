@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from linvis.models.backbones.arch import check_backend, settings_of
 from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.layers.block import MixerBlock
 from linvis.models.layers.channel_mix import ChannelMix
 from linvis.models.layers.patch_embed import PatchEmbed
 from linvis.models.layers.spatial_mix import SpatialMix
 from linvis.registry import MODELS
-from linvis_ops import available_backends
 
 HIDDEN_RATE = 4
 REQUIRED_SETTINGS = ('embed_dims', 'depth')
@@ -92,8 +92,8 @@ class VRWKV(TokenBackbone):
         backend: str = 'auto',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        _check_backend(backend)
-        settings = _settings_of(arch, self.archs)
+        check_backend(backend, ('bi_wkv', 'q_shift'))
+        settings = settings_of(arch, self.archs, REQUIRED_SETTINGS, OPTIONAL_SETTINGS)
         embed_dims, depth = settings['embed_dims'], settings['depth']
         key_norm = settings['key_norm']
         layers = [
@@ -120,34 +120,3 @@ class VRWKV(TokenBackbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-
-
-def _check_backend(backend: str) -> None:
-    """Tell an unknown backend when the model is built, not in the first iteration.
-
-    Whether a known one can run is told by the operators, as it depends on the tensors.
-    """
-    if backend == 'auto':
-        return
-    q_shift_backends = available_backends('q_shift')
-    names = ['auto', *(name for name in available_backends('bi_wkv') if name in q_shift_backends)]
-    if backend not in names:
-        raise ValueError(f'backend must be one of {", ".join(names)}, got {backend!r}.')
-
-
-def _settings_of(
-    arch: str | Mapping[str, Any], archs: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Settings of an arch given by name or as a dict."""
-    if isinstance(arch, str):
-        if arch not in archs:
-            raise ValueError(f'arch must be one of {", ".join(archs)} or a dict, got {arch!r}.')
-        arch = archs[arch]
-    missing = [key for key in REQUIRED_SETTINGS if key not in arch]
-    unknown = [key for key in arch if key not in REQUIRED_SETTINGS and key not in OPTIONAL_SETTINGS]
-    if missing or unknown:
-        raise ValueError(
-            f'An arch given as a dict needs {", ".join(REQUIRED_SETTINGS)} and may have '
-            f'{", ".join(OPTIONAL_SETTINGS)}; missing: {missing}, unknown: {unknown}.'
-        )
-    return {**OPTIONAL_SETTINGS, **arch}

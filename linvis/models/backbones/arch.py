@@ -1,0 +1,57 @@
+"""What the constructors of backbones have in common: settings of an arch, names of backends."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from linvis_ops import available_backends
+
+
+def settings_of(
+    arch: str | Mapping[str, Any],
+    archs: Mapping[str, Mapping[str, Any]],
+    required: Sequence[str],
+    optional: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Settings of an arch given by name or as a dict.
+
+    Args:
+        arch: Name or settings.
+        archs: Settings by name.
+        required: Settings that an arch must have.
+        optional: Settings that it may have, with their values where it does not.
+
+    Raises:
+        ValueError: If the name is unknown, a setting is missing or there is no such setting.
+    """
+    if isinstance(arch, str):
+        if arch not in archs:
+            raise ValueError(f'arch must be one of {", ".join(archs)} or a dict, got {arch!r}.')
+        arch = archs[arch]
+    missing = [key for key in required if key not in arch]
+    unknown = [key for key in arch if key not in required and key not in optional]
+    if missing or unknown:
+        raise ValueError(
+            f'An arch given as a dict needs {", ".join(required)} and may have '
+            f'{", ".join(optional) or "nothing else"}; missing: {missing}, unknown: {unknown}.'
+        )
+    return {**optional, **arch}
+
+
+def check_backend(backend: str, operators: Sequence[str]) -> None:
+    """Tell an unknown backend when the model is built, not in the first iteration.
+
+    Whether a known one can run is told by the operators, as it depends on the tensors.
+
+    Args:
+        backend: Name to be checked.
+        operators: Operators of the model; all of them must have the backend.
+
+    Raises:
+        ValueError: If one of them has no backend of this name.
+    """
+    if backend == 'auto':
+        return
+    first, *others = (available_backends(operator) for operator in operators)
+    names = ['auto', *(name for name in first if all(name in other for other in others))]
+    if backend not in names:
+        raise ValueError(f'backend must be one of {", ".join(names)}, got {backend!r}.')
