@@ -112,6 +112,47 @@ def bi_wkv_inputs(
     return tuple(t.requires_grad_() for t in (w, u, k, v))  # type: ignore[return-value]
 
 
+def bi_gla_inputs(
+    batch: int,
+    tokens: int,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = 'cpu',
+    *,
+    gate: float | None = None,
+    gate_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, g_fwd, g_bwd as a layer gives them; all require gradients.
+
+    Args:
+        batch: B.
+        tokens: T.
+        heads: H.
+        key_width: K.
+        value_width: V.
+        dtype: Dtype of q, k and v.
+        device: Where the tensors are made.
+        gate: Every log gate; None: logsigmoid(x) / 16 of normal x, as at initialisation.
+        gate_dtype: Dtype of the gates; None: that of q.
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator('cpu').manual_seed(seed)
+    side = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(batch, tokens, heads, width, generator=generator, dtype=side)
+
+    q, k, v = (normal(width).to(device, dtype) for width in (key_width, key_width, value_width))
+    gates = [torch.nn.functional.logsigmoid(normal(key_width)) / 16 for _ in range(2)]
+    if gate is not None:
+        gates = [torch.full_like(each, gate) for each in gates]
+    g_fwd, g_bwd = (each.to(device, gate_dtype or dtype) for each in gates)
+    return tuple(t.requires_grad_() for t in (q, k, v, g_fwd, g_bwd))  # type: ignore[return-value]
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill what torch.empty and its kin return with NaN, so that an unwritten element shows."""
