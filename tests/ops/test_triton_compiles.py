@@ -53,6 +53,7 @@ def test_bi_wkv(compiled, dtype):
         'bi_wkv_out_kernel',
         'bi_wkv_adjoint_kernel',
         'bi_wkv_gradient_kernel',
+        'sum_rows_kernel',
     }
 
 
@@ -97,7 +98,12 @@ def launch_q_shift_mix(rows, columns, channels, dtype, norm, *, batch=2, heads=1
 def test_q_shift_mix(compiled, dtype, norm):
     for channels, heads, class_token in ((192, 1, 0), (192, 3, 1), (7, 1, 1)):
         launch_q_shift_mix(3, 4, channels, dtype, norm, heads=heads, class_token=class_token)
-    names = {'q_shift_mix_fwd_kernel', 'q_shift_mix_bwd_kernel', 'q_shift_kernel'}
+    names = {
+        'q_shift_mix_fwd_kernel',
+        'q_shift_mix_bwd_kernel',
+        'q_shift_kernel',
+        'sum_rows_kernel',
+    }
     assert set(compiled) == names | ({'q_shift_mix_stats_kernel'} if norm else set())
 
 
@@ -106,6 +112,8 @@ def test_q_shift_mix(compiled, dtype, norm):
 def test_q_shift_mix_moves_16_bytes_at_a_time(kernels, dtype, heads):
     launch_q_shift_mix(14, 14, 192, dtype, False, heads=heads)
     for name, kernel in kernels:
+        if name == 'sum_rows_kernel':
+            continue
         lines = kernel.asm['ptx'].splitlines()
         loads = [line for line in lines if 'ld.global' in line]
         stores = [line for line in lines if 'st.global' in line]

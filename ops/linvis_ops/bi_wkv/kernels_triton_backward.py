@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, divide, exp2
+from linvis_ops._triton_sum import sum_rows
 from linvis_ops.bi_wkv.kernels_triton import (
     BLOCK,
     LANE,
@@ -201,7 +202,7 @@ def bi_wkv_gradient_kernel(
     adjoint_states,
     dk,  # (B, T, C), contiguous
     dv,  # (B, T, C), contiguous
-    partial,  # (2, B, N, C): dw and du of one lane
+    partial,  # (B, N, 2 * C): dw and du of one lane
     T,
     N,
     blocks,
@@ -360,11 +361,9 @@ def bi_wkv_gradient_kernel(
                 x = tl.load(p_k + j * k_stride, mask=mask, other=0.0).to(tl.float32)
                 y = tl.load(p_v + j * v_stride, mask=mask, other=0.0).to(tl.float32)
                 fv, fd, f0, f1 = join(w2, fv, fd, f0, f1, x, L - 1.0 - j, y, 1.0)
-    p_partial = partial + (batch * N + n) * C + c
+    p_partial = partial + (batch * N + n) * (2 * C) + c
     tl.store(p_partial, -exp2(-w2) * by_w, mask=mask)
-    tl.store(
-        p_partial + tl.num_programs(0).to(tl.int64) // tl.cdiv(C, BC) * C, own * by_u, mask=mask
-    )
+    tl.store(p_partial + C, own * by_u, mask=mask)
 
 
 def bi_wkv_backward(
@@ -381,7 +380,7 @@ def bi_wkv_backward(
         enters = lanes.new_empty((*rows, BLOCK.value, channels))
         adjoint_lanes = lanes.new_empty(lanes.shape)
         adjoint_states = lanes.new_empty((*rows, launch.blocks, ADJOINT.value, channels))
-        partial = lanes.new_empty((2, batch * launch.lanes, channels))
+        partial = lanes.new_empty((batch * launch.lanes, 2 * channels))
         grid = (batch * launch.lanes * triton.cdiv(channels, launch.channels),)
         division = (
             tokens, launch.lanes, launch.blocks, rows_between(k), rows_between(v),
@@ -397,4 +396,5 @@ def bi_wkv_backward(
             w, u, k, v, gy, enters, adjoint_lanes, adjoint_groups, adjoint_states, dk, dv, partial,
             *division, num_warps=launch.warps,
         )  # fmt: skip
-    return partial[0].sum(0), partial[1].sum(0), dk, dv
+    dw, du = sum_rows(partial, 2)
+    return dw, du, dk, dv

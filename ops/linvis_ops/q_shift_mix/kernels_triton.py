@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._triton import on_device
+from linvis_ops._triton_sum import sum_rows
 from linvis_ops.q_shift.kernels_triton import (
     BLOCK_CHANNELS,
     BLOCK_ELEMENTS,
@@ -294,7 +295,7 @@ def q_shift_mix_backward(
     tiles = triton.cdiv(blocks * parts, programs)
     runs = triton.cdiv(blocks, tiles)
     parameters = len(mus) + (0 if weight is None else 2)
-    partial = x.new_empty((runs, parameters, channels), dtype=torch.float32)
+    partial = x.new_empty((runs, parameters * channels), dtype=torch.float32)
     with on_device(x):
         q_shift_mix_bwd_kernel[(runs * parts,)](
             tuple(grad.contiguous() for grad in grads),
@@ -319,4 +320,5 @@ def q_shift_mix_backward(
             num_warps=_warps(block * width),
             num_stages=1,
         )
-    return dx, partial.sum(0)
+    (sums,) = sum_rows(partial)
+    return dx, sums.view(parameters, channels)
