@@ -7,9 +7,11 @@ from linvis_ops._triton import interpreting
 
 DEVICES = [
     pytest.param(
-        'cpu', marks=pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
+        'cpu',
+        marks=pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1'),
+        id='triton-interpreter',
     ),
-    pytest.param('cuda', marks=pytest.mark.gpu),
+    pytest.param('cuda', marks=pytest.mark.gpu, id='triton-cuda'),
 ]
 
 
