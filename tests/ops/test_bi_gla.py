@@ -168,7 +168,8 @@ def test_chunk_that_is_no_power_of_two_is_refused(chunk):
 
 @pytest.mark.parametrize('form', [bi_gla_quadratic, bi_gla_recurrent, bi_gla])
 def test_gradcheck(form):
-    assert torch.autograd.gradcheck(form, bi_gla_inputs(2, 6, 1, 2, 3, F64))
+    function = lambda *args: form(*args, 0.3)  # noqa: E731
+    assert torch.autograd.gradcheck(function, bi_gla_inputs(2, 6, 1, 2, 3, F64))
 
 
 @pytest.mark.parametrize('gate', [None, -1.0, 0.0])
@@ -234,6 +235,18 @@ def test_backend_matches_float64_at_other_widths(backend, device, key_width, val
 def test_gates_in_float32_beside_a_shorter_dtype(backend, device, dtype):
     inputs = bi_gla_inputs(2, 40, 2, 16, 32, dtype, device, gate_dtype=torch.float32)
     check_against_float64(backend, device, inputs)
+
+
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+def test_plain_pytorch_rounds_short_dtypes_once(backend):
+    short = bi_gla_inputs(2, 40, 2, 16, 32, torch.bfloat16)
+    long = [t.detach().float().requires_grad_() for t in short]
+    y, y_long = bi_gla(*short, backend=backend), bi_gla(*long, backend=backend)
+    assert torch.equal(y, y_long.bfloat16())
+    go = torch.randn_like(y)
+    g, g_long = gradients(y, short, go), gradients(y_long, long, go)
+    for name, a, e in zip(NAMES, g, g_long, strict=True):
+        assert torch.equal(a, e.bfloat16()), name
 
 
 def mixed_gates(inputs):
@@ -319,10 +332,13 @@ def test_opcheck_forward_strided_with_gates_in_float32_and_the_scale_left_out():
     torch.library.opcheck(bi_gla_fwd, (*views, None, 'torch'))
 
 
-def test_opcheck_backward():
-    inputs = detached(bi_gla_inputs(2, 18, 3, 4, 5))
-    go = torch.randn(2, 3, 18, 5).transpose(1, 2)
+@pytest.mark.parametrize('gate_dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+def test_opcheck_backward(gate_dtype):
+    inputs = detached(bi_gla_inputs(2, 18, 3, 4, 5, torch.bfloat16, gate_dtype=gate_dtype))
+    go = torch.randn(2, 3, 18, 5).bfloat16().transpose(1, 2)
     torch.library.opcheck(bi_gla_bwd, (go, *inputs, None, 'torch'))
+    result = bi_gla_bwd(go, *inputs, None, 'torch')
+    assert [t.dtype for t in result] == [t.dtype for t in inputs]
 
 
 SCALES = {

@@ -96,7 +96,7 @@ def bi_gla_recurrent(
 class Level(NamedTuple):
     """Queries in second halves of blocks and keys in first halves, decayed to where halves meet.
 
-    Each is (B, H, N, M, L / 2M, K).
+    Each is (B, H, N, M, L / (2M), K).
     """
 
     q: Tensor
@@ -269,7 +269,7 @@ def bi_gla_chunked(
         output = _flat(_direction(*inputs), v.shape[1], flipped=flipped)
         total = output if total is None else total + output
     assert total is not None
-    return (total * (_half(scale, q))).to(v.dtype).contiguous()
+    return (total * _half(scale, q)).to(v.dtype).contiguous()
 
 
 def bi_gla_backward(
@@ -302,7 +302,7 @@ def bi_gla_backward(
         tensor.
     """
     dtype = accumulation_dtype(v.dtype)
-    grad = go.to(dtype) * (_half(scale, q))
+    grad = go.to(dtype) * _half(scale, q)
     shared: list[list[Tensor]] = []
     gates = []
     for g, flipped in ((g_fwd, False), (g_bwd, True)):
