@@ -1,4 +1,11 @@
-from linvis.models.backbones import VRWKV, TokenBackbone
+from linvis.models.backbones import VRWKV, Backbone, TokenBackbone, ViG, ViGHierarchical
 from linvis.models.necks import SimpleFeaturePyramid
 
-__all__ = ['VRWKV', 'SimpleFeaturePyramid', 'TokenBackbone']
+__all__ = [
+    'VRWKV',
+    'Backbone',
+    'SimpleFeaturePyramid',
+    'TokenBackbone',
+    'ViG',
+    'ViGHierarchical',
+]

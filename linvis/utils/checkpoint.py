@@ -22,6 +22,8 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from linvis.utils.layouts import to_openmmlab_names
+
 # Where training code of other projects keeps the weights, in the order of preference.
 STATE_DICT_KEYS = ('state_dict', 'model', 'module', 'state_dict_ema', 'model_ema', 'ema')
 # What training code puts before the names of a backbone or of a whole model.
@@ -151,8 +153,9 @@ def load_state_dict_into(
     """Load weights into a backbone or a whole model, whatever they are wrapped in.
 
     Prefixes of training code (`module.`, `backbone.`) are stripped so that most names fit, and
-    what does not have the prefix, such as the head for a backbone, is left out. Position
-    embeddings of another resolution are resampled.
+    what does not have the prefix, such as the head for a backbone, is left out. Classifiers of
+    authors who use neither get them first, see `linvis.utils.layouts`. Position embeddings of
+    another resolution are resampled.
 
     Args:
         module: Backbone or model.
@@ -166,7 +169,7 @@ def load_state_dict_into(
         CheckpointError: If the file cannot be read or the weights do not fit.
     """
     checkpoint = source if isinstance(source, Mapping) else load_checkpoint(source)
-    state_dict = find_state_dict(checkpoint)
+    state_dict = to_openmmlab_names(find_state_dict(checkpoint))
     own = _tensors_of(module)
 
     def stripped(prefix: str) -> dict[str, Tensor]:
@@ -200,7 +203,8 @@ def register_safe_loader() -> None:
 
     mmengine by itself falls back to unrestricted pickle, and runs the config text kept in a
     checkpoint when it resumes. Here code in a checkpoint never runs: that text is removed. Weights
-    are found under any of the usual names. URLs are downloaded first; object stores have to be.
+    are found under any of the usual names, and those of known classifiers get the names they have
+    in OpenMMLab's. URLs are downloaded first; object stores have to be.
     """
     CheckpointLoader.register_scheme('', load_from_local, force=True)
     CheckpointLoader.register_scheme(('http://', 'https://'), load_from_url, force=True)
@@ -216,8 +220,8 @@ def load_from_local(
     checkpoint = load_checkpoint(Path(filename).expanduser(), map_location or 'cpu')
     state_dict = find_state_dict(checkpoint)
     if state_dict is checkpoint:
-        return {'state_dict': state_dict}
-    checkpoint['state_dict'] = state_dict
+        return {'state_dict': to_openmmlab_names(state_dict)}
+    checkpoint['state_dict'] = to_openmmlab_names(state_dict)
     message_hub = checkpoint.get('message_hub')
     runtime_info = message_hub.get('runtime_info') if isinstance(message_hub, dict) else None
     for record in (checkpoint.get('meta'), runtime_info):

@@ -1,4 +1,4 @@
-"""The contract of TokenBackbone, for every arch of every plain backbone."""
+"""The contract of Backbone, for every arch of every backbone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linvis.models import VRWKV, TokenBackbone
+from linvis.models import VRWKV, Backbone, TokenBackbone, ViG, ViGHierarchical
 from linvis.models.layers import resize_position_embedding
 from linvis.utils.checkpoint import CheckpointError
 from tools.analysis.complexity import measure
@@ -16,11 +16,12 @@ DEPTH = 3
 
 
 class Published(NamedTuple):
-    """What a paper prints for an arch: parameters of the backbone, 10^9 MACs at so many pixels."""
+    """What is known of an arch: parameters of the backbone, 10^9 MACs at so many pixels."""
 
-    build: Callable[[], TokenBackbone]
+    build: Callable[[], Backbone]
     parameters: int
     gmacs: float
+    digits: int = 1  # of gmacs
     pixels: int = 224
 
 
@@ -29,8 +30,21 @@ def vrwkv(arch: str) -> Callable[..., TokenBackbone]:
     return lambda **kwargs: VRWKV(settings, **kwargs)
 
 
+def vig(arch: str) -> Callable[..., TokenBackbone]:
+    settings = {**ViG.archs[arch], 'embed_dims': 24, 'depth': DEPTH, 'num_heads': 2}
+    return lambda **kwargs: ViG(settings, **kwargs)
+
+
+def vig_hierarchical(img_size: int = 224, **kwargs: Any) -> Backbone:
+    """Three stages, so that the last one has the stride of plain backbones; any size fits."""
+    arch = {'embed_dims': 8, 'depths': (1, 2, 1), 'num_heads': (1, 2, 2)}
+    return ViGHierarchical(arch, **kwargs)
+
+
 # Each arch with its own settings, but narrow and shallow.
-BACKBONES = {f'vrwkv-{arch}': vrwkv(arch) for arch in VRWKV.archs}
+PLAIN = {f'vrwkv-{arch}': vrwkv(arch) for arch in VRWKV.archs}
+PLAIN |= {f'vig-{arch}': vig(arch) for arch in ViG.archs}
+BACKBONES: dict[str, Callable[..., Any]] = {**PLAIN, 'vig-hierarchical': vig_hierarchical}
 
 # Published counts include a linear head of 1000 classes, and for large one of two layers.
 PUBLISHED = {
@@ -44,12 +58,27 @@ PUBLISHED = {
         189.5,
         pixels=384,
     ),
+    # The authors' files tell the parameters; MACs are counted by hand, the operator included.
+    'vig-tiny': Published(lambda: ViG('tiny'), 5_834_536 - 193_000, 1.20, digits=2),
+    'vig-small': Published(lambda: ViG('small'), 22_615_144 - 385_000, 4.54, digits=2),
+    'vig-base': Published(lambda: ViG('base'), 89_022_184 - 769_000, 17.7),
+    'vig-tiny-1024': Published(
+        lambda: ViG('tiny'), 5_834_536 - 193_000, 25.00, digits=2, pixels=1024
+    ),
+    'vig-h-tiny': Published(lambda: ViGHierarchical('tiny'), 28_600_680 - 769_000, 4.54, digits=2),
+    'vig-h-small': Published(
+        lambda: ViGHierarchical('small'), 50_051_688 - 769_000, 8.82, digits=2
+    ),
+    'vig-h-base': Published(
+        lambda: ViGHierarchical('base'), 88_904_360 - 1_025_000, 15.65, digits=2
+    ),
 }
 
 backbones = pytest.mark.parametrize('build', BACKBONES.values(), ids=BACKBONES.keys())
+plain_backbones = pytest.mark.parametrize('build', PLAIN.values(), ids=PLAIN.keys())
 
 
-def randomised(backbone: TokenBackbone) -> TokenBackbone:
+def randomised(backbone: Any) -> Any:
     """Move every parameter off its initial value, of which some are zero or nearly so."""
     with torch.no_grad():
         for parameter in backbone.parameters():
@@ -61,7 +90,7 @@ def loss_of(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs)
 
 
-def gradients(backbone: TokenBackbone, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(backbone: Backbone, images: torch.Tensor) -> dict[str, torch.Tensor]:
     backbone.zero_grad()
     loss_of(backbone(images)).backward()
     return {name: parameter.grad for name, parameter in backbone.named_parameters()}
@@ -69,15 +98,19 @@ def gradients(backbone: TokenBackbone, images: torch.Tensor) -> dict[str, torch.
 
 @backbones
 @pytest.mark.parametrize('size', [(1, 1), (15, 64), (32, 32), (33, 47), (100, 60)], ids=str)
-def test_any_size_gives_the_grid_of_padded_patches(build, size):
-    backbone = build(img_size=64)
-    (output,) = backbone(torch.randn(2, 3, *size))
-    rows, cols = -(-size[0] // 16), -(-size[1] // 16)
-    assert output.shape == (2, backbone.embed_dims, rows, cols)
-    assert output.isfinite().all()
+def test_any_size_gives_the_grid_of_begun_patches(build, size):
+    backbone = build(img_size=64, out_indices=range(DEPTH))
+    outputs = backbone(torch.randn(2, 3, *size))
+    for output, channels, stride in zip(
+        outputs, backbone.out_channels, backbone.strides, strict=True
+    ):
+        rows, cols = -(-size[0] // stride), -(-size[1] // stride)
+        assert output.shape == (2, channels, rows, cols)
+        assert output.isfinite().all()
+    assert backbone.strides[-1] == 16
 
 
-@backbones
+@plain_backbones
 def test_padding_is_zeros_at_bottom_and_right(build):
     backbone = randomised(build(img_size=64))
     images = torch.randn(1, 3, 20, 41)
@@ -88,10 +121,22 @@ def test_padding_is_zeros_at_bottom_and_right(build):
 def test_out_indices_select_layers_in_their_order(build):
     images = torch.randn(1, 3, 32, 48)
     wanted = [-1, 0]
-    backbone = randomised(build(img_size=64, out_indices=wanted))
-    last, first = backbone(images)
+    every = randomised(build(img_size=64, out_indices=range(DEPTH)))
+    backbone = build(img_size=64, out_indices=wanted)
+    weights = every.state_dict()
+    backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
     assert wanted == [-1, 0]
-    assert backbone.strides == (16, 16)
+    for index, output in zip((DEPTH - 1, 0), backbone(images), strict=True):
+        torch.testing.assert_close(output, every(images)[index], rtol=0, atol=0)
+    assert backbone.strides == (every.strides[-1], every.strides[0])
+    assert backbone.out_channels == (every.out_channels[-1], every.out_channels[0])
+
+
+@plain_backbones
+def test_steps_of_a_plain_backbone_give_its_outputs(build):
+    images = torch.randn(1, 3, 32, 48)
+    backbone = randomised(build(img_size=64, out_indices=(-1, 0)))
+    last, first = backbone(images)
     tokens, hw = backbone.embed(images)
     tokens = backbone.layers[0](tokens, hw)
     torch.testing.assert_close(first, backbone.to_featmap(tokens, hw))
@@ -115,7 +160,7 @@ def test_out_types_are_views_of_the_same_features(build):
         torch.manual_seed(0)
         (outputs[out_type],) = build(img_size=64, out_type=out_type)(images)
     raw = outputs['raw']
-    assert raw.shape == (2, 6, 24)
+    assert raw.shape[:2] == (2, 6)
     torch.testing.assert_close(outputs['featmap'][:, :, 1, 2], raw[:, 5])
     torch.testing.assert_close(outputs['avg_featmap'], raw.mean(1))
 
@@ -217,7 +262,7 @@ def test_autocast_to_bfloat16_stays_near_float32(build):
     assert all(p.grad.dtype == torch.float32 for p in backbone.parameters())
 
 
-@backbones
+@plain_backbones
 def test_state_dict_of_another_resolution_is_resampled(build):
     small = randomised(build(img_size=64))
     large = build(img_size=(96, 160))
@@ -272,24 +317,28 @@ def test_state_dict_with_other_layers_is_refused_even_if_not_strict(theirs, ours
 
 @backbones
 def test_layer_depth_grows_from_the_input_to_the_output(build):
-    backbone = build()
+    backbone = build(out_indices=range(DEPTH))
     names = [f'backbone.{name}' for name, _ in backbone.named_parameters()]
     depths = {name: backbone.get_layer_depth(name, 'backbone.') for name in names}
-    assert {count for _, count in depths.values()} == {DEPTH + 2}
-    assert list(depths.values()) == sorted(depths.values())
-    assert depths['backbone.pos_embed'][0] == depths['backbone.patch_embed.projection.bias'][0] == 0
-    of_layer_1 = {depth for name, (depth, _) in depths.items() if '.layers.1.' in name}
-    assert of_layer_1 == {2}
-    assert depths[f'backbone.{backbone.final_norm_name}.weight'][0] == DEPTH + 1
-    assert backbone.get_layer_depth('decode_head.layers.0.weight', 'backbone.') == (4, 5)
+    blocks = sum(getattr(backbone, 'depths', [DEPTH]))
+    assert {count for _, count in depths.values()} == {blocks + 2}
+    assert [depth for depth, _ in depths.values()] == sorted(depth for depth, _ in depths.values())
+    assert {depth for depth, _ in depths.values()} == set(range(blocks + 2))
+    for name, (depth, _) in depths.items():
+        assert (depth == 0) == name.startswith(('backbone.pos_embed', 'backbone.patch_embed.'))
+    other = backbone.get_layer_depth('decode_head.layers.0.weight', 'backbone.')
+    assert other == (blocks + 1, blocks + 2)
 
 
 @backbones
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 2, DEPTH])
 def test_frozen_stages_keep_their_mode_and_get_no_gradient(build, frozen_stages):
     backbone = build(frozen_stages=frozen_stages).train()
-    # Depth 0 is the embeddings, i + 1 is layer i, and the final norm is the last.
-    first_trained = {-1: 0, DEPTH: DEPTH + 2}.get(frozen_stages, frozen_stages + 1)
+    # Depth 0 is the embeddings, i + 1 is layer or block i, and the final norm is the last.
+    depths = getattr(backbone, 'depths', [1] * DEPTH)
+    first_trained = 0 if frozen_stages < 0 else sum(depths[:frozen_stages]) + 1
+    if frozen_stages == DEPTH:
+        first_trained += 1
     for name, parameter in backbone.named_parameters():
         assert parameter.requires_grad == (backbone.get_layer_depth(name)[0] >= first_trained)
     modes = [layer.training for layer in backbone.layers]
@@ -309,22 +358,27 @@ def test_macs_are_those_of_the_paper(arch):
     with torch.device('meta'):
         backbone = published.build()
     macs = sum(measure(backbone, published.pixels, published.pixels).macs.values())
-    assert round(macs / 1e9, 1) == published.gmacs
+    assert round(macs / 1e9, published.digits) == published.gmacs
 
 
-@pytest.mark.parametrize('arch', ['vrwkv-tiny', 'vrwkv-large'])
+@pytest.mark.parametrize('arch', ['vrwkv-tiny', 'vrwkv-large', 'vig-tiny', 'vig-hierarchical'])
 def test_compiles_without_graph_breaks(arch):
     backbone: Any = randomised(BACKBONES[arch](img_size=64, out_indices=(0, -1)))
     compiled = torch.compile(backbone, backend='aot_eager', fullgraph=True)
     images = torch.randn(1, 3, 40, 64)
     torch.testing.assert_close(compiled(images), backbone(images))
     loss_of(compiled(images)).backward()
-    assert backbone.pos_embed.grad.any()
+    assert next(backbone.parameters()).grad.any()
 
 
 @pytest.mark.parametrize(
     ('arch', 'drop_path_rate', 'with_cp'),
-    [('vrwkv-tiny', 0.5, False), ('vrwkv-large', 0.0, True), ('vrwkv-small', 0.5, True)],
+    [
+        ('vrwkv-tiny', 0.5, False),
+        ('vrwkv-large', 0.0, True),
+        ('vrwkv-small', 0.5, True),
+        ('vig-hierarchical', 0.5, True),
+    ],
 )
 def test_compiled_training_computes_the_same(arch, drop_path_rate, with_cp):
     torch._dynamo.reset()
@@ -361,9 +415,10 @@ def test_compiled_evaluation_takes_any_batch(grad):
                 torch.testing.assert_close(compiled(images), backbone(images))
 
 
-def test_compiles_once_for_all_sizes():
+@pytest.mark.parametrize('arch', ['vrwkv-large', 'vig-hierarchical'])
+def test_compiles_once_for_all_sizes(arch):
     torch._dynamo.reset()  # what other tests have compiled counts too
-    backbone: Any = randomised(BACKBONES['vrwkv-large'](img_size=64))
+    backbone: Any = randomised(BACKBONES[arch](img_size=64))
     compiled = torch.compile(backbone, backend='aot_eager', fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in ((70, 50), (64, 64), (33, 47), (80, 96)):
@@ -372,7 +427,14 @@ def test_compiles_once_for_all_sizes():
 
 
 @pytest.mark.parametrize(
-    ('arch', 'traced_size'), [('vrwkv-tiny', (64, 64)), ('vrwkv-large', (70, 50))]
+    ('arch', 'traced_size'),
+    [
+        ('vrwkv-tiny', (64, 64)),
+        ('vrwkv-large', (70, 50)),
+        ('vig-tiny', (64, 64)),
+        ('vig-small', (70, 50)),
+        ('vig-hierarchical', (70, 50)),
+    ],
 )
 def test_exports_with_dynamic_height_and_width(arch, traced_size):
     # the picture for which the positions are learnt, and one that needs padding and resampling

@@ -1,13 +1,27 @@
 from linvis.models.layers.block import MixerBlock
 from linvis.models.layers.channel_mix import ChannelMix
-from linvis.models.layers.patch_embed import PatchEmbed
+from linvis.models.layers.featmap import to_featmap, to_tokens
+from linvis.models.layers.gated_linear_attention import GatedLinearAttention
+from linvis.models.layers.norm import LayerNorm2d, RMSNorm
+from linvis.models.layers.patch_embed import ConvPatchEmbed, PatchEmbed, conv_stem
 from linvis.models.layers.position import resize_position_embedding
+from linvis.models.layers.pre_norm_block import PreNormBlock
 from linvis.models.layers.spatial_mix import SpatialMix
+from linvis.models.layers.swiglu import SwiGLU
 
 __all__ = [
     'ChannelMix',
+    'ConvPatchEmbed',
+    'GatedLinearAttention',
+    'LayerNorm2d',
     'MixerBlock',
     'PatchEmbed',
+    'PreNormBlock',
+    'RMSNorm',
     'SpatialMix',
+    'SwiGLU',
+    'conv_stem',
     'resize_position_embedding',
+    'to_featmap',
+    'to_tokens',
 ]

@@ -21,7 +21,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, shape (..., dims)."""
-        with torch.autocast(x.device.type, enabled=False):
+        # there is no autocast for the meta device, where any other can stand for it
+        with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
