@@ -5,8 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from linvis.models import VRWKV
-from tools.analysis.check_parity import build_vrwkv, compute, main, parameter_values, picture
+from linvis.models import VRWKV, ViG, ViGHierarchical
+from tools.analysis.check_parity import (
+    build_vig,
+    build_vig_hierarchical,
+    build_vrwkv,
+    compute,
+    main,
+    parameter_values,
+    picture,
+)
 
 CASES = Path(__file__).parents[3] / 'shared' / 'golden' / 'cases'
 KWARGS = {'img_size': 32, 'patch_size': 16, 'embed_dims': 16, 'depth': 2, 'post_norm': True}
@@ -122,6 +130,95 @@ def test_arguments_of_the_authors_are_translated():
         build_vrwkv(KWARGS | {'window': 7})
 
 
+STAGES = {'embed_dims': 8, 'depths': (1, 1), 'num_heads': (1, 2)}
+HIERARCHICAL_KWARGS = {'dims': 8, 'depths': [1, 1], 'num_heads': [1, 2], 'num_classes': 5}
+
+
+def classifier_case() -> tuple[dict, dict[str, np.ndarray]]:
+    """A case of ViG-H with its head, computed without the tool's loading and building."""
+    backbone = ViGHierarchical(STAGES)
+    names = {name: name.replace('outnorm1', 'classifier.norm') for name in backbone.state_dict()}
+    shapes = {names[name]: list(value.shape) for name, value in backbone.state_dict().items()}
+    shapes |= {'classifier.head.weight': [5, 16], 'classifier.head.bias': [5]}
+    head = torch.nn.Linear(16, 5)
+    parameters = {names[name]: value for name, value in backbone.named_parameters()}
+    parameters |= {f'classifier.head.{name}': value for name, value in head.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(parameter_values(name, parameter.shape)))
+    images = picture(2, 40, 48, 5).requires_grad_()
+    logits = head(backbone(images)[0].mean((2, 3)))
+    loss = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
+    loss.backward()
+    meta = {
+        'case': 'small',
+        'family': 'vig_h',
+        'kwargs': HIERARCHICAL_KWARGS | {'gmlp': True, 'norm_layer': 'ln2d'},
+        'manifest': shapes,
+        'grad_names': list(parameters),
+        'batch': 2,
+        'height': 40,
+        'width': 48,
+        'image_seed': 5,
+    }
+    arrays = {
+        'out0': logits.detach().numpy(),
+        'loss': loss.detach().numpy(),
+        'grad_input': images.grad.numpy(),
+        'grad_norms': np.array([p.grad.norm().item() for p in parameters.values()]),
+    }
+    return meta, arrays
+
+
+def test_classifier_under_the_names_of_the_authors_passes(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, write(tmp_path / 'small.npz', *classifier_case())) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ['out0', 'loss', 'grad_input', 'grad_norms']
+    assert all(float(line[2]) < 1e-5 for line in lines)
+
+
+def test_gradients_are_matched_by_name(tmp_path, monkeypatch, capsys):
+    meta, arrays = classifier_case()
+    meta['grad_names'].reverse()
+    assert run(monkeypatch, write(tmp_path / 'small.npz', meta, arrays)) == 1
+    arrays['grad_norms'] = arrays['grad_norms'][::-1]
+    assert run(monkeypatch, write(tmp_path / 'small.npz', meta, arrays)) == 0
+
+
+def test_arguments_of_vig_are_translated():
+    kwargs = {'embed_dim': 16, 'depth': 1, 'num_heads': 2, 'patch_embed_version': 'v2'}
+    backbone = build_vig(kwargs | {'num_classes': 0, 'img_size': 32, 'classification_mode': 'feat'})
+    assert isinstance(backbone, ViG)
+    assert (backbone.out_type, backbone.pos_grid) == ('featmap', (2, 2))
+    mixer = backbone.layers[0].attn
+    assert isinstance(mixer.in_proj[1], torch.nn.SiLU)
+    assert isinstance(mixer.out_act, torch.nn.Identity)
+    classifier = build_vig(kwargs | {'use_act_in_conv': False, 'use_out_act': True})
+    mixer = classifier.backbone.layers[0].attn
+    assert isinstance(mixer.in_proj[1], torch.nn.Identity)
+    assert isinstance(mixer.out_act, torch.nn.SiLU)
+    assert classifier(torch.zeros(2, 3, 32, 32))[0].shape == (2, 1000)
+    with pytest.raises(ValueError, match='if_cls_token must be False, got True'):
+        build_vig(kwargs | {'if_cls_token': True})
+    with pytest.raises(ValueError, match="one of feat, avgpool, got 'mid_clstok'"):
+        build_vig(kwargs | {'classification_mode': 'mid_clstok'})
+    with pytest.raises(ValueError, match='The argument window=7 of a vig case is unknown'):
+        build_vig(kwargs | {'window': 7})
+
+
+def test_arguments_of_hierarchical_vig_are_translated():
+    kwargs = {**HIERARCHICAL_KWARGS, 'dims': [8, 16]}
+    backbone = build_vig_hierarchical(kwargs, with_classes=False)
+    assert (backbone.out_indices, backbone.out_channels) == ((0, 1), (8, 16))
+    backbone = build_vig_hierarchical(kwargs | {'out_indices': [1]}, with_classes=False)
+    assert backbone.out_indices == (1,)
+    classifier = build_vig_hierarchical(kwargs, with_classes=True)
+    assert classifier.head.fc.out_features == 5
+    with pytest.raises(ValueError, match="norm_layer must be 'ln2d', got 'bn'"):
+        build_vig_hierarchical(kwargs | {'norm_layer': 'bn'}, with_classes=True)
+
+
 @pytest.mark.skipif(not CASES.is_dir(), reason='no recorded cases')
-def test_recorded_cases_pass(monkeypatch):
-    assert run(monkeypatch, *map(str, sorted(CASES.glob('vrwkv_tiny*.npz')))) == 0
+@pytest.mark.parametrize('family', ['vrwkv_tiny', 'vig'])
+def test_recorded_cases_pass(monkeypatch, family):
+    assert run(monkeypatch, *map(str, sorted(CASES.glob(f'{family}*.npz')))) == 0

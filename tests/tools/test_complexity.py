@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from linvis.models import VRWKV
+from linvis.models import VRWKV, ViG, ViGHierarchical
 from tools.analysis.complexity import main, measure
 
 
@@ -17,6 +18,27 @@ def test_macs_are_those_of_projections_patches_operator_and_norms():
     assert len(complexity.macs) == 4
 
 
+def test_macs_of_vig_are_those_of_projections_convolutions_and_operator():
+    channels, heads, tokens, depth = 16, 2, 6, 2
+    arch = {'embed_dims': channels, 'depth': depth, 'num_heads': heads}
+    complexity = measure(ViG(arch), 32, 48)
+    hidden = 256
+    products = channels**2 * (2 + 1) + 16 * channels + 3 * channels * hidden
+    assert complexity.macs['aten.mm'] == depth * tokens * products
+    # with a bias: the second projection of the gates, the share of the global branch
+    assert complexity.macs['aten.addmm'] == depth * tokens * (16 * channels + channels**2)
+    stem = (4 * tokens * 9**2 * 3 + tokens * 3**2 * channels) * channels // 2
+    assert complexity.macs['aten.convolution'] == stem + depth * tokens * channels * 3**2
+    state = (channels // 2 // heads) * (channels // heads)
+    assert complexity.macs['linvis.bi_gla_fwd'] == depth * tokens * heads * state * 2 * 3
+    assert len(complexity.macs) == 4
+
+
+def test_norms_of_vig_are_not_counted():
+    arch = {'embed_dims': 16, 'depths': (1, 1), 'num_heads': (1, 2)}
+    assert 'aten.native_layer_norm' not in measure(ViGHierarchical(arch), 32, 48).macs
+
+
 def test_parameters_are_listed_by_part():
     with torch.device('meta'):
         complexity = measure(VRWKV('tiny'), 224, 224)
@@ -29,6 +51,23 @@ def test_arch_of_the_command_line(monkeypatch, capsys):
     assert main() == 0
     totals = [line.split()[1] for line in capsys.readouterr().out.splitlines() if 'total' in line]
     assert totals[1] == '189.4880'  # the paper: 189.5
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'totals'),
+    [('ViG', ['5.6415', '1.1965']), ('ViGHierarchical', ['27.8317', '4.5371'])],
+)
+def test_backbone_of_the_command_line(monkeypatch, capsys, backbone, totals):
+    monkeypatch.setattr('sys.argv', ['complexity.py', '--backbone', backbone, '--arch', 'tiny'])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if 'total' in line] == totals
+
+
+def test_unknown_arch_is_named(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['complexity.py', '--backbone', 'ViG', '--arch', 'large'])
+    assert main() == 1
+    assert "one of tiny, small, base or a dict, got 'large'" in capsys.readouterr().err
 
 
 CONFIG = """

@@ -20,7 +20,9 @@ import math
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,17 +30,44 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linvis.models import VRWKV
+from linvis.models import VRWKV, ViG, ViGHierarchical
 from linvis.utils.checkpoint import load_state_dict_into
+from linvis.utils.layouts import to_openmmlab_names
 
 BOUND = 2e-4  # of ||ours - recorded|| / ||recorded||, in float32
 
 
 class Family(NamedTuple):
-    """How the models of a family are built, and what precedes their names in the authors' files."""
+    """How the models of a family are built, and how the authors keep their weights in files."""
 
     build: Callable[[Mapping[str, Any]], nn.Module]
-    prefix: str
+    entry: str  # of the file
+    prefix: str = ''  # of the names
+
+
+# Arguments that tell how to train or initialise, which a loaded model does not depend on.
+TRAINING = {'drop_path_rate', 'drop_rate', 'init_mode', 'init_cfg', 'pretrained', 'with_cp'}
+
+
+def check_arguments(
+    family: str, kwargs: Mapping[str, Any], fixed: Mapping[str, Any], known: Collection[str]
+) -> None:
+    """Check the constructor arguments of the authors' class.
+
+    Args:
+        family: Name for messages.
+        kwargs: The arguments.
+        fixed: Those that have one value here.
+        known: Others that are understood or of no effect.
+
+    Raises:
+        ValueError: If an argument asks for what the model of this project does not have.
+    """
+    for name, value in kwargs.items():
+        if name in fixed and value != fixed[name]:
+            raise ValueError(f'{name} must be {fixed[name]!r}, got {value!r}; no other is built.')
+        if name not in {*TRAINING, *fixed, *known}:
+            raise ValueError(f'The argument {name}={value!r} of a {family} case is unknown.')
 
 
 def build_vrwkv(kwargs: Mapping[str, Any]) -> VRWKV:
@@ -47,8 +76,6 @@ def build_vrwkv(kwargs: Mapping[str, Any]) -> VRWKV:
     Raises:
         ValueError: If an argument asks for what VRWKV of this project does not have.
     """
-    # Arguments that tell how to train or initialise, which a loaded model does not depend on.
-    ignored = {'drop_path_rate', 'drop_rate', 'init_mode', 'init_cfg', 'with_cp'}
     fixed = {
         'channel_gamma': 0.25,
         'shift_pixel': 1,
@@ -65,15 +92,115 @@ def build_vrwkv(kwargs: Mapping[str, Any]) -> VRWKV:
         'layer_scale_init': kwargs.get('init_values'),
     }
     passed_on = {'img_size', 'patch_size', 'in_channels', 'out_indices'}
-    for name, value in kwargs.items():
-        if name in fixed and value != fixed[name]:
-            raise ValueError(f'{name} must be {fixed[name]!r}, got {value!r}; no other is built.')
-        if name not in {*ignored, *fixed, *arch, *passed_on, 'init_values', 'k_norm'}:
-            raise ValueError(f'The argument {name}={value!r} of a vrwkv case is unknown.')
+    check_arguments('vrwkv', kwargs, fixed, {*arch, *passed_on, 'init_values', 'k_norm'})
     return VRWKV(arch, **{name: kwargs[name] for name in passed_on if name in kwargs})
 
 
-FAMILIES = {'vrwkv': Family(build_vrwkv, prefix='backbone.')}
+# What both families of ViG have in one form.
+VIG_FIXED = {'expand_k': 0.5, 'expand_v': 1.0, 'hidden_act': 'swish', 'rope_mode': 'none'}
+
+
+def build_vig(kwargs: Mapping[str, Any]) -> nn.Module:
+    """ViG from the constructor arguments of the authors' class, with its head if it has one.
+
+    Raises:
+        ValueError: If an argument asks for what ViG of this project does not have.
+    """
+    fixed = VIG_FIXED | {
+        'if_cls_token': False,
+        'use_middle_cls_token': False,
+        'if_abs_pos_embed': True,
+        'if_rc_pe': False,
+        'use_msg': False,
+        'use_dirpe': False,
+        'use_lower_bound': False,
+        'use_swiglu': True,
+        'scan_mode': 'default',
+        'patch_embed_version': 'v2',
+        'use_bias_in_patch': True,
+        'use_act_in_patch': False,
+        'use_bias_in_dwconv': False,
+        'init_values': None,
+    }
+    modes = {'feat': 'featmap', 'avgpool': 'avg_featmap'}
+    mode = kwargs.get('classification_mode', 'avgpool')
+    if mode not in modes:
+        raise ValueError(f'classification_mode must be one of {", ".join(modes)}, got {mode!r}.')
+    translated = {'img_size': 'img_size', 'patch_size': 'patch_size', 'channels': 'in_channels'}
+    understood = {'classification_mode', 'num_classes', *translated}
+    arch = {
+        'embed_dims': kwargs.get('embed_dim', 192),
+        'depth': kwargs.get('depth', 12),
+        'num_heads': kwargs.get('num_heads', 2),
+        'conv_act': kwargs.get('use_act_in_conv', True),
+        'out_act': kwargs.get('use_out_act', False),
+    }
+    shape = {'embed_dim', 'depth', 'num_heads', 'use_act_in_conv', 'use_out_act'}
+    no_effect = {'stride', 'pt_hw_seq_len', 'attn_model', 'use_out_gate'}
+    check_arguments('vig', kwargs, fixed, {*understood, *shape, *no_effect})
+    options = {ours: kwargs[theirs] for theirs, ours in translated.items() if theirs in kwargs}
+    backbone = ViG(arch, out_type=modes[mode], **options)
+    classes = kwargs.get('num_classes', 1000)
+    return Classifier(backbone, arch['embed_dims'], classes) if classes else backbone
+
+
+def build_vig_hierarchical(kwargs: Mapping[str, Any], with_classes: bool) -> nn.Module:
+    """ViG-H from the constructor arguments of the authors' classes.
+
+    Args:
+        kwargs: The arguments.
+        with_classes: Whether it is the class with a head, or the one with an output of each stage.
+
+    Raises:
+        ValueError: If an argument asks for what ViG-H of this project does not have.
+    """
+    fixed = VIG_FIXED | {
+        'patch_size': 4,
+        'patch_norm': True,
+        'use_act_in_conv': False,
+        'use_out_act': False,
+        'gmlp': True,
+        'mlp_drop_rate': 0.0,
+        'norm_layer': 'ln2d',
+        'downsample_version': 'v3',
+        'patchembed_version': 'v2',
+    }
+    dims = kwargs.get('dims', [96, 192, 384, 768])
+    arch = {
+        'embed_dims': dims if isinstance(dims, int) else dims[0],
+        'depths': kwargs.get('depths', [2, 2, 9, 2]),
+        'num_heads': kwargs.get('num_heads', [3, 6, 12, 24]),
+    }
+    understood = {'dims', 'depths', 'num_heads', 'in_chans', 'num_classes', 'out_indices'}
+    no_effect = {'attn_models', 'mlp_ratio', 'mlp_act_layer', 'use_checkpoint'}
+    check_arguments('vig_h', kwargs, fixed, {*understood, *no_effect})
+    in_channels, stages = kwargs.get('in_chans', 3), len(arch['depths'])
+    if not with_classes:
+        out_indices = kwargs.get('out_indices', range(stages))
+        return ViGHierarchical(arch, in_channels=in_channels, out_indices=out_indices)
+    backbone = ViGHierarchical(arch, in_channels=in_channels, out_type='avg_featmap')
+    return Classifier(backbone, backbone.out_channels[0], kwargs.get('num_classes', 1000))
+
+
+class Classifier(nn.Module):
+    """Backbone of pooled features and linear head, under the names of mmpretrain's classifier."""
+
+    def __init__(self, backbone: nn.Module, channels: int, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels, classes)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Class scores, alone in a tuple."""
+        return (self.head(self.backbone(images)[0]),)
+
+
+FAMILIES = {
+    'vrwkv': Family(build_vrwkv, 'state_dict', prefix='backbone.'),
+    'vig': Family(build_vig, 'model'),
+    'vig_h': Family(partial(build_vig_hierarchical, with_classes=True), 'model'),
+    'vig_h_backbone': Family(partial(build_vig_hierarchical, with_classes=False), 'model'),
+}
 
 
 def parameter_values(name: str, shape: Sequence[int]) -> np.ndarray:
@@ -138,7 +265,7 @@ def compute(meta: Mapping[str, Any], with_gradients: bool, device: str) -> dict[
             f'{family.prefix}{name}': torch.from_numpy(parameter_values(name, shape))
             for name, shape in meta['manifest'].items()
         }
-        torch.save({'state_dict': weights, 'meta': {}}, path)
+        torch.save({family.entry: weights}, path)
         load_state_dict_into(model, path)
 
     model.to(device).eval()
@@ -154,8 +281,11 @@ def compute(meta: Mapping[str, Any], with_gradients: bool, device: str) -> dict[
             for output, ramp in zip(outputs, ramps, strict=True)
         )
         loss.backward()
+        ours = (name.removeprefix(family.prefix) for name in to_openmmlab_names(weights))
+        own_name = dict(zip(meta['manifest'], ours, strict=True))
         parameters = dict(model.named_parameters())
-        norms = [parameters[name].grad.norm() for name in meta['grad_names']]
+        gradients: list[Any] = [parameters[own_name[name]].grad for name in meta['grad_names']]
+        norms = [gradient.norm() for gradient in gradients]
         arrays |= {'loss': loss, 'grad_input': images.grad, 'grad_norms': torch.stack(norms)}
     return {name: value.detach().cpu().numpy() for name, value in arrays.items()}
 
@@ -178,8 +308,8 @@ def check(path: Path, device: str) -> bool:
             arrays = {name: case[name] for name in case.files}
         meta = json.loads(arrays.pop('meta').tobytes())
         ours = compute(meta, 'grad_input' in arrays, device)
-    except (OSError, KeyError, ValueError) as error:
-        print(f'{path}: {error}', file=sys.stderr)
+    except (OSError, KeyError, ValueError) as reason:
+        print(f'{path}: {reason}', file=sys.stderr)
         print(f'{path.stem} - - - FAIL')
         return False
     passed = True

@@ -1,15 +1,16 @@
 """Count parameters and multiply-accumulates of a model.
 
     python tools/analysis/complexity.py CONFIG [--shape 512 512]
-    python tools/analysis/complexity.py --arch tiny
+    python tools/analysis/complexity.py --backbone ViG --arch tiny
 
 Convention: one multiply-accumulate (MAC) counts once, as in most papers, where it is called a FLOP;
 PyTorch's counter counts two operations, so its numbers are halved. Counted are convolutions,
-matrix products, the operators of this project by their formulas (Bi-WKV: 13 operations per token
-and channel in the forward pass), and LayerNorm with 5 for each element, which is the rule of fvcore
-and what brings VRWKV-L to its published number; activations and other pointwise work are not. The
-model is built without memory and run on shapes alone. MACs are those of backbone and neck for one
-picture; parameters are those of the whole model.
+matrix products, and the operators of this project: Bi-WKV by its formula (13 operations per token
+and channel in the forward pass), gated linear attention by 3 MACs per token, direction and element
+of the state (decay, update, query). LayerNorm counts 5 for each element, which is the rule of
+fvcore and what brings VRWKV-L to its published number; in ViG and ViG-H norms are not counted.
+Activations and other pointwise work are not. The model is built without memory and run on shapes
+alone. MACs are those of backbone and neck for one picture; parameters are those of the whole model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +28,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvis import compat
-from linvis.models import VRWKV
+from linvis.models import VRWKV, ViG, ViGHierarchical
 
+BACKBONES = {backbone.__name__: backbone for backbone in (VRWKV, ViG, ViGHierarchical)}
 MACS_OF_LAYER_NORM = 5  # for each element
 
 
@@ -43,6 +46,11 @@ def _layer_norm_flops(shape: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * MACS_OF_LAYER_NORM * shape.numel()
 
 
+def _bi_gla_flops(q_shape: torch.Size, _k: Any, v_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """The same for gated linear attention, whose decay is a product without a sum."""
+    return 2 * 2 * 3 * q_shape.numel() * v_shape[-1]
+
+
 def measure(model: nn.Module, height: int, width: int) -> Complexity:
     """Count for one picture of height x width pixels.
 
@@ -55,7 +63,9 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
     device = next(model.parameters()).device
     features = getattr(model, 'extract_feat', model)
     model.eval()
-    formulas = {torch.ops.aten.native_layer_norm: _layer_norm_flops}
+    formulas: dict[Any, Any] = {torch.ops.linvis.bi_gla_fwd: _bi_gla_flops}
+    if not any(isinstance(module, ViG | ViGHierarchical) for module in model.modules()):
+        formulas[torch.ops.aten.native_layer_norm] = _layer_norm_flops
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
         features(torch.empty(1, 3, height, width, device=device))
     macs = {
@@ -69,9 +79,9 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
     return Complexity(dict(parameters), macs)
 
 
-def build(config: str | None, arch: str | None) -> nn.Module:
-    """The model of a config file, or the backbone VRWKV of an arch, on the meta device."""
-    settings = {'type': 'linvis.VRWKV', 'arch': arch}
+def build(config: str | None, backbone: str, arch: str | None) -> nn.Module:
+    """The model of a config file, or the backbone of an arch, on the meta device."""
+    settings = {'type': f'linvis.{backbone}', 'arch': arch}
     if config is not None:
         compat.install()  # before the config, which may inherit from the libraries
         cfg = Config.fromfile(config)
@@ -81,7 +91,7 @@ def build(config: str | None, arch: str | None) -> nn.Module:
         return MODELS.build(settings)
 
 
-def print_table(title: str, rows: dict[str, float], unit: str, scale: float) -> None:
+def print_table(title: str, rows: Mapping[str, float], unit: str, scale: float) -> None:
     """Print rows and their sum."""
     print(f'{title} [{unit}]')
     for name, value in [*rows.items(), ('total', sum(rows.values()))]:
@@ -93,11 +103,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('config', nargs='?', help='config file with a model')
-    what.add_argument('--arch', choices=sorted(VRWKV.archs), help='arch of the backbone VRWKV')
+    what.add_argument('--arch', help='arch of the backbone, such as tiny')
+    parser.add_argument('--backbone', choices=sorted(BACKBONES), default='VRWKV')
     parser.add_argument('--shape', nargs=2, type=int, default=(224, 224), metavar=('H', 'W'))
     args = parser.parse_args()
     try:
-        complexity = measure(build(args.config, args.arch), *args.shape)
+        complexity = measure(build(args.config, args.backbone, args.arch), *args.shape)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
