@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import load_checkpoint as load_by_mmengine
 from torch import nn
@@ -43,18 +43,15 @@ def backbone_of(family: str, **kwargs: Any) -> nn.Module:
 def classifier_of(family: str) -> nn.Module:
     compat.install()
     channels = {'vig': 16, 'vig-h': 64}[family]
-    return MODELS.build(
-        {
-            'type': 'mmpretrain.ImageClassifier',
-            'backbone': BACKBONES[family],
-            'neck': {'type': 'mmpretrain.GlobalAveragePooling'},
-            'head': {
-                'type': 'mmpretrain.LinearClsHead',
-                'num_classes': 10,
-                'in_channels': channels,
-            },
-        }
-    )
+    head = {'type': 'LinearClsHead', 'num_classes': 10, 'in_channels': channels}
+    settings = {
+        'type': 'ImageClassifier',
+        'backbone': BACKBONES[family],
+        'neck': {'type': 'GlobalAveragePooling'},
+        'head': head,
+    }
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(settings)
 
 
 def authors_weights(family: str) -> dict[str, torch.Tensor]:
