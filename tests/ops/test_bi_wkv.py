@@ -199,6 +199,18 @@ def test_extreme_inputs_are_finite_and_right(backend, device, keys, decay, token
     check_against_float64(backend, device, torch.float32, (w, u, k, v), factor)
 
 
+@pytest.mark.parametrize('jump', [20.0, 60.0, -60.0])
+@pytest.mark.parametrize('first', [5, 20, 40])
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_keys_that_jump_along_the_sequence(backend, device, first, jump):
+    # kernels compute parts of a sequence whose keys are near that of its middle in another way
+    w, u, k, v = bi_wkv_inputs(1, 50, 8, device=device)
+    with torch.no_grad():
+        k[:, first:] += jump
+    factor = 4.0 if backend in ('triton', 'cuda') else 2.0  # few tokens dominate, as above
+    check_against_float64(backend, device, torch.float32, (w, u, k, v), factor)
+
+
 @pytest.mark.parametrize('bonus', [-30.0, 30.0])
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_large_bonus_of_either_sign(backend, device, bonus):
