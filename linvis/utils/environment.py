@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import itertools
+import os
 import platform
 import subprocess
 import sys
@@ -125,19 +126,22 @@ def operator_backends() -> dict[str, str]:
     """Returns, for each operator, the backend that runs here and why others do not.
 
     Raises:
-        BackendUnavailableError: If LINVIS_OPS_BACKEND names a backend that an operator does not
-            have, or that cannot run here.
+        BackendUnavailableError: If LINVIS_OPS_BACKEND names a backend that no operator has, or
+            that cannot run here.
     """
     if importlib.util.find_spec('linvis_ops') is None:
         return {'linvis_ops': 'missing: pip install -e . in the folder of linvis'}
     from linvis_ops import available_backends, default_backend, operators
 
+    wanted = os.environ.get('LINVIS_OPS_BACKEND', 'auto')
     described = {}
     for name in operators():
         reasons = available_backends(name)
         chosen = default_backend(name)
         preferred = itertools.takewhile(chosen.__ne__, reasons)
         others = [f'no {backend}: {reasons[backend]}' for backend in preferred if reasons[backend]]
+        if wanted not in ('auto', *reasons):
+            others.append(f'it has no backend {wanted}')
         described[name] = f'{chosen} ({"; ".join(others)})' if others else chosen
     return described
 

@@ -81,11 +81,17 @@ def check_backend_name(op: str, name: str) -> None:
 
 
 def requested_backend(op: str, name: str) -> str:
-    """The backend that is asked for: the argument, or LINVIS_OPS_BACKEND where it is 'auto'."""
+    """The backend that is asked for: the argument, or LINVIS_OPS_BACKEND where it is 'auto'.
+
+    The variable is for all operators: one that has no backend of that name chooses as without it.
+    """
     check_backend_name(op, name)
     if name != 'auto':
         return name
     override = os.environ.get(ENVIRONMENT_VARIABLE, 'auto')
+    names = [backend.name for backends in _BACKENDS.values() for backend in backends]
+    if override in names and override not in [backend.name for backend in _BACKENDS[op]]:
+        return 'auto'
     check_backend_name(op, override)
     return override
 
@@ -94,8 +100,8 @@ def default_backend(op: str) -> str:
     """The backend that 'auto' stands for on this machine, whatever the tensors.
 
     Raises:
-        BackendUnavailableError: If LINVIS_OPS_BACKEND names one that the operator does not have, or
-            that cannot run here.
+        BackendUnavailableError: If LINVIS_OPS_BACKEND names one that no operator has, or that
+            this operator has and that cannot run here.
     """
     reasons = available_backends(op)
     name = requested_backend(op, 'auto')

@@ -65,6 +65,13 @@ def test_environment_overrides_auto_only(monkeypatch):
     assert y.grad_fn.name() != bi_wkv(*inputs, backend='torch').grad_fn.name()
 
 
+def test_environment_is_for_the_operators_that_have_the_backend(toy, monkeypatch):
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'second')
+    assert _dispatch.requested_backend('toy', 'auto') == 'second'
+    _dispatch.register_backends('another', [])
+    assert _dispatch.requested_backend('another', 'auto') == 'auto'
+
+
 def test_available_backends_gives_reasons():
     assert {'bi_wkv', 'q_shift'} <= set(operators())
     reasons = available_backends('bi_wkv', *bi_wkv_inputs(1, 4, 2, torch.float64))
@@ -74,7 +81,7 @@ def test_available_backends_gives_reasons():
 
 
 def test_available_backends_of_an_unknown_operator():
-    with pytest.raises(ValueError, match="there is no operator 'wkv'; there are bi_wkv"):
+    with pytest.raises(ValueError, match="there is no operator 'wkv'; there are bi_gla, bi_wkv, "):
         available_backends('wkv')
 
 

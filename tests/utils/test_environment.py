@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import linvis_ops
 from linvis.utils import environment
 
 
@@ -44,6 +45,19 @@ def test_operators_say_why_a_backend_does_not_run(monkeypatch: pytest.MonkeyPatc
 def test_backend_that_is_asked_for_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv('LINVIS_OPS_BACKEND', 'reference')
     assert environment.operator_backends()['bi_wkv'].startswith('reference')
+
+
+def test_operator_without_the_backend_that_is_asked_for_says_so(monkeypatch):
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'torch')
+    monkeypatch.setattr(linvis_ops, 'operators', lambda: ('toy', 'bi_wkv'))
+    monkeypatch.setitem(
+        linvis_ops._dispatch._BACKENDS,
+        'toy',
+        (linvis_ops._dispatch.Backend('only', lambda *_: None, list, list),),
+    )
+    described = environment.operator_backends()
+    assert described['toy'] == 'only (it has no backend torch)'
+    assert described['bi_wkv'].startswith('torch')
 
 
 @pytest.mark.parametrize(
