@@ -38,6 +38,10 @@ run_slurm() {
     local script=$1
     shift
     local srun_args=()
+    if ! command -v srun >/dev/null; then
+        echo "srun is not there: this script is for a Slurm cluster; without one use tools/dist_train.sh or tools/dist_test.sh." >&2
+        exit 2
+    fi
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         # sbatch or salloc has laid the tasks out; they ask for what the allocation holds.
         local nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}

@@ -8,6 +8,12 @@
 set -euo pipefail
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+for argument in "$@"; do
+    if [[ ${argument} == -h || ${argument} == --help ]]; then  # nothing is installed to say this
+        python=$(find_python) || fail "Python 3.10 to 3.13 is needed; set PYTHON=/path/to/python."
+        exec "${python}" "${PROJECT_DIR}/tools/quickstart.py" --help
+    fi
+done
 ensure_environment
 cd "${PROJECT_DIR}"
 exec "${VENV}/bin/python" tools/quickstart.py "$@"

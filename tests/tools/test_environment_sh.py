@@ -182,3 +182,17 @@ def test_failed_installation_is_repeated_by_the_next_call(checkout):
     assert not any('--editable' in call for call in checkout.calls)
     assert checkout.run('ensure_environment').returncode == 0
     assert len(checkout.installations) == 3
+
+
+def test_help_of_the_quickstart_installs_nothing(project, tmp_path):
+    venv = tmp_path / 'venv'
+    done = subprocess.run(
+        ['bash', str(project / 'tools/quickstart.sh'), '--device', 'cpu', '--help'],
+        env={**os.environ, 'VENV': str(venv)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert '--tasks' in done.stdout
+    assert not venv.exists()

@@ -125,6 +125,14 @@ def test_slurm_direct_run_refuses_uneven_nodes(project, fake):
     assert 'GPUS (12) must be a multiple of GPUS_PER_NODE (8)' in done.stderr
 
 
+def test_without_slurm_the_other_launchers_are_named(project, fake):
+    (fake / 'bin/srun').unlink()
+    done = run(project / 'tools/slurm_train.sh', 'c.py', PATH=f'{fake / "bin"}:/usr/bin:/bin')
+    assert done.returncode == 2
+    assert 'srun is not there' in done.stderr
+    assert 'tools/dist_train.sh' in done.stderr
+
+
 def test_sbatch_takes_all_from_the_allocation(project, fake):
     # sbatch runs a copy of the script from its spool folder.
     spooled = fake / 'spool' / 'slurm_script'
