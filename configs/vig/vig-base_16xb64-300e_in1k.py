@@ -1,8 +1,9 @@
 """ViG-B on ImageNet-1k: 82.6 % top-1 published by the authors, with their recipe.
 
 Reproduces: ViG, ViG-B (89.0 M parameters, 17.7 GMACs counted here, 224 px). The published value
-    is the better one of the averaged and the trained weights. The authors train in
-    float32; float16 fails, see docs/models/vig.md.
+    is the better one of the averaged and the trained weights; here the averaged ones are
+    validated. The authors train in float32; do not train in float16,
+    see docs/models/vig.md.
 Hardware: 16 GPUs x 64 pictures; with fewer GPUs keep 1,024 pictures in all, or scale the learning
     rate with --auto-scale-lr.
 Duration: not measured here.

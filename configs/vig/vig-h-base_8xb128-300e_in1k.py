@@ -1,8 +1,8 @@
 """ViG-H-B on ImageNet-1k: 84.2 % top-1 published by the authors, with their recipe.
 
 Reproduces: ViG, ViG-H-B (88.9 M parameters, 15.7 GMACs counted here, 224 px). The published value
-    is the better one of the averaged and the trained weights. The authors train in
-    float16: --amp.
+    is the better one of the averaged and the trained weights; here the averaged ones are
+    validated. The authors train in float16: --amp.
 Hardware: 8 GPUs x 128 pictures; with fewer GPUs keep 1,024 pictures in all, or scale the learning
     rate with --auto-scale-lr.
 Duration: not measured here.

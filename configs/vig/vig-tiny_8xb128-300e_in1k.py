@@ -1,8 +1,9 @@
 """ViG-T on ImageNet-1k: 77.2 % top-1 published by the authors, with their recipe.
 
 Reproduces: ViG, ViG-T (5.8 M parameters, 1.2 GMACs counted here, 224 px). The published value
-    is the better one of the averaged and the trained weights. The authors train in
-    float32; float16 fails, see docs/models/vig.md.
+    is the better one of the averaged and the trained weights; here the averaged ones are
+    validated. The authors train in float32; do not train in float16,
+    see docs/models/vig.md.
 Hardware: 8 GPUs x 128 pictures; with fewer GPUs keep 1,024 pictures in all, or scale the learning
     rate with --auto-scale-lr.
 Duration: not measured here.
