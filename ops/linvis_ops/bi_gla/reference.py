@@ -6,24 +6,39 @@ chunk. Derivations: README.md of this folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linvis_ops._dtypes import accumulation_dtype
+
 # Tokens of a chunk, a power of two.
 CHUNK = 16
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums over tokens: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _half(scale: float | None, q: Tensor) -> float:
     """Half the scale, so that the two directions are averaged."""
     return (q.shape[-1] ** -0.5 if scale is None else scale) / 2
+
+
+def _both_directions(
+    direction: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_fwd: Tensor,
+    g_bwd: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Mean of a direction and of the same from the other end, scaled, in the dtype of v."""
+    dtype = accumulation_dtype(v.dtype)
+    q, k, values, g_fwd, g_bwd = (each.to(dtype) for each in (q, k, v, g_fwd, g_bwd))
+    forward = direction(q, k, values, g_fwd)
+    backward = direction(*(each.flip(1) for each in (q, k, values, g_bwd))).flip(1)
+    return (_half(scale, q) * (forward + backward)).to(v.dtype)
 
 
 def _quadratic_direction(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -54,11 +69,7 @@ def bi_gla_quadratic(
         Tensor of shape (B, T, H, V) in the dtype of v; differentiable any number of times. Takes
         O(B T^2 H K) memory.
     """
-    dtype = accumulation_dtype(v.dtype)
-    q, k, values, g_fwd, g_bwd = (each.to(dtype) for each in (q, k, v, g_fwd, g_bwd))
-    forward = _quadratic_direction(q, k, values, g_fwd)
-    backward = _quadratic_direction(*(each.flip(1) for each in (q, k, values, g_bwd))).flip(1)
-    return (_half(scale, q) * (forward + backward)).to(v.dtype)
+    return _both_directions(_quadratic_direction, q, k, v, g_fwd, g_bwd, scale)
 
 
 def _recurrent_direction(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -86,11 +97,7 @@ def bi_gla_recurrent(
     Returns:
         Tensor of shape (B, T, H, V) in the dtype of v; differentiable any number of times.
     """
-    dtype = accumulation_dtype(v.dtype)
-    q, k, values, g_fwd, g_bwd = (each.to(dtype) for each in (q, k, v, g_fwd, g_bwd))
-    forward = _recurrent_direction(q, k, values, g_fwd)
-    backward = _recurrent_direction(*(each.flip(1) for each in (q, k, values, g_bwd))).flip(1)
-    return (_half(scale, q) * (forward + backward)).to(v.dtype)
+    return _both_directions(_recurrent_direction, q, k, v, g_fwd, g_bwd, scale)
 
 
 class Level(NamedTuple):

@@ -11,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linvis_ops._dtypes import accumulation_dtype
+
 # Tokens of a chunk. Within one, decays are factored around its middle; together with the joining of
 # its parts this spans exp(3 |w| CHUNK), of which float32 holds exp(SPAN).
 CHUNK = 16
 SPAN = 80.0
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums over tokens: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def bi_wkv_quadratic(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
