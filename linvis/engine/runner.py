@@ -50,8 +50,8 @@ class TaskRunner(Runner):
         Raises:
             LaunchError: If `compile` is neither a bool nor a dict, or there is no backbone.
         """
-        options = self.cfg.get('compile') or None
-        if options is None:
+        options = self.cfg.get('compile')
+        if options is None or options is False:
             return
         if options is True:
             options = {}

@@ -89,6 +89,8 @@ def requested_backend(op: str, name: str) -> str:
     if name != 'auto':
         return name
     override = os.environ.get(ENVIRONMENT_VARIABLE, 'auto')
+    if override == 'auto':
+        return override
     names = [backend.name for backends in _BACKENDS.values() for backend in backends]
     if override in names and override not in [backend.name for backend in _BACKENDS[op]]:
         return 'auto'

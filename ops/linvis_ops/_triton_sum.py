@@ -40,7 +40,7 @@ def sum_rows_kernel(
 def sum_rows(x: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
     """Sum a contiguous float32 tensor over its first dimension, in a fixed order.
 
-    PyTorch's own sum takes 10 to 40 microseconds for some hundred rows of some hundred columns.
+    For the two parameters of Bi-WKV, PyTorch's own sums took 12 to 42 microseconds on an H200.
 
     Args:
         x: Shape (rows, columns).

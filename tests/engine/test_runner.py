@@ -30,6 +30,13 @@ def test_compile_is_for_the_backbone(run_train, compiled, setting, options):
     assert compiled == [(torch.nn.Linear, options)]
 
 
+def test_compile_without_options_in_a_config(run_train, toy_folder, compiled):
+    with (toy_folder / 'config.py').open('a') as config:
+        config.write('compile = dict()\n')
+    assert run_train() == 0
+    assert compiled == [(torch.nn.Linear, {'fullgraph': True})]
+
+
 def test_nothing_is_compiled_unless_asked_for(run_train, compiled):
     assert run_train('--cfg-options', 'compile=False') == 0
     assert compiled == []

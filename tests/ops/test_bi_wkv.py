@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from linvis_ops import BackendUnavailableError, bi_wkv
 from linvis_ops._triton import interpreting
 from linvis_ops.bi_wkv.cuda import extension_error
+from linvis_ops.bi_wkv.launch import by_rows, rows_between
 from linvis_ops.bi_wkv.op import bi_wkv_bwd, bi_wkv_fwd
 from linvis_ops.bi_wkv.reference import bi_wkv_backward, bi_wkv_chunked, bi_wkv_quadratic
 from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
@@ -220,6 +221,16 @@ def test_large_bonus_of_either_sign(backend, device, bonus):
     # v - y cancels where a token sees itself alone: what is left of du, 1e-9, is rounding
     skipped = ('du',) if bonus > 0 else ()
     check_against_float64(backend, device, torch.float32, (w, u, k, v), skipped=skipped)
+
+
+@pytest.mark.parametrize('strides', [(4, 0, 1), (12, 5, 1), (3, 12, 1), (24, 8, 2)])
+@pytest.mark.parametrize('tokens', [1, 2])
+def test_rows_of_any_strides(tokens, strides):
+    x = torch.randn(100).as_strided((3, tokens, 4), strides)
+    rows = by_rows(x)
+    assert torch.equal(rows, x)
+    assert rows.stride(0) == rows_between(rows) * rows.stride(1)
+    assert rows.stride(2) == 1
 
 
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)

@@ -117,7 +117,8 @@ def by_rows(x: Tensor) -> Tensor:
     regular = x.stride(2) == 1 or x.shape[2] == 1
     if regular and x.stride(1) > 0 and x.stride(0) % x.stride(1) == 0:
         return x
-    return x.contiguous()
+    # not contiguous(), which keeps odd strides of dimensions of size 1
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def rows_between(x: Tensor) -> int:
