@@ -20,7 +20,8 @@ def compiled(request, monkeypatch, tmp_path):
 
     driver = mock.MagicMock()
     driver.get_current_target.return_value = GPUTarget('cuda', request.param, 32)
-    driver.get_current_device.return_value = 0
+    # Triton keeps compiled kernels by device
+    driver.get_current_device.return_value = request.param
     driver.get_current_stream.return_value = 0
     monkeypatch.setattr(triton.runtime.driver, '_active', driver)
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
