@@ -1,0 +1,164 @@
+"""What the Triton kernels of gated linear attention share: tiles, factors of products, decays."""
+
+import triton
+import triton.language as tl
+
+from linvis_ops._triton import interpreting
+from linvis_ops._triton_math import LOG2E
+
+# A gate below this decays to 0 in float32 as well, and its sums stay numbers.
+SHUT = tl.constexpr(-200.0)
+# Largest exponent of a factor, base 2. Operands of 24 bits ask for exponents that are precise.
+RANGE = tl.constexpr(56.0)
+RANGE_FLOAT32 = tl.constexpr(16.0)
+# The interpreter cuts digits off where a GPU rounds, and takes no bfloat16 in products.
+_INTERPRETING = tl.constexpr(interpreting())
+
+
+@triton.jit
+def rounded(x, digits: tl.constexpr):
+    """Float32 with that many digits less, rounded to nearest."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + ((1 << (digits - 1)) - 1) + ((bits >> digits) & 1)) >> digits << digits
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr):
+    """A float32 factor of a product as tensor cores take it.
+
+    dtype is that of the inputs: bfloat16 stays; float16 becomes TF32, which has its digits and the
+    exponents of float32.
+    """
+    if dtype == tl.float16:
+        y = rounded(x, 13)
+    elif dtype == tl.float32:
+        y = x
+    elif _INTERPRETING:
+        y = rounded(x, 16)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def product(a, b, dtype: tl.constexpr):
+    """Matrix product of two operands, in float32."""
+    if dtype == tl.float32:
+        y = tl.dot(a, b, input_precision='ieee')
+    else:
+        y = tl.dot(a, b)
+    return y
+
+
+@triton.jit
+def add_product(total, a, b, dtype: tl.constexpr):
+    """Float32 total + matrix product of two operands."""
+    if dtype == tl.float32:
+        y = tl.dot(a, b, total, input_precision='ieee')
+    else:
+        y = tl.dot(a, b, total)
+    return y
+
+
+@triton.jit
+def cast(x, pointer):
+    """Float32 numbers in the dtype that a pointer points to."""
+    if _INTERPRETING and pointer.dtype.element_ty == tl.bfloat16:
+        x = rounded(x, 16)
+    return x.to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def place(pid, parts, H):
+    """Sequence, part of it (a chunk or a segment) and head of a program; heads change fastest."""
+    rest = pid // H
+    return (rest // parts).to(tl.int64), rest % parts, (pid % H).to(tl.int64)
+
+
+@triton.jit
+def load_rows(
+    p, stride, start, T, column, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr = 0,
+):  # fmt: skip
+    """Tokens (L, BLOCK) of a chunk, each SHIFT tokens further; 0 outside of chunk and sequence."""
+    row = tl.arange(0, L)[:, None]
+    c = column + tl.arange(0, BLOCK)[None, :]
+    inside = start + SHIFT + row < T
+    if SHIFT > 0:
+        inside = inside & (row < L - SHIFT)
+    if SHIFT < 0:
+        inside = inside & (row >= -SHIFT)
+    if WIDTH % BLOCK != 0:
+        inside = inside & (c < WIDTH)
+    return tl.load(p + (start + SHIFT).to(tl.int64) * stride + (row * stride + c), inside, other=0)
+
+
+@triton.jit
+def load_row(p, stride, t, valid, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Token t, (BLOCK,), as float32; 0 unless `valid`."""
+    c = column + tl.arange(0, BLOCK)
+    inside = valid & (c < WIDTH)
+    return tl.load(p + t.to(tl.int64) * stride + c, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def load_operand(
+    p, stride, start, T, column, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Tokens of a chunk as a factor of a product."""
+    x = load_rows(p, stride, start, T, column, WIDTH, L, BLOCK)
+    if p.dtype.element_ty == tl.float16 or _INTERPRETING:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_rows(
+    p, x, batch, h, H, start, T, column, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store tokens of a chunk in a contiguous tensor (B, T, H, WIDTH)."""
+    row = tl.arange(0, L)[:, None]
+    c = column + tl.arange(0, BLOCK)[None, :]
+    inside = start + row < T
+    if WIDTH % BLOCK != 0:
+        inside = inside & (c < WIDTH)
+    p += ((batch * T + start) * H + h) * WIDTH
+    tl.store(p + (row * (H * WIDTH) + c), cast(x, p), mask=inside)
+
+
+@triton.jit
+def base_two(g):
+    """Log gates as logarithms to base 2; shut ones as finite numbers."""
+    g = g.to(tl.float32) * LOG2E
+    return tl.where(g < SHUT, SHUT, g)
+
+
+@triton.jit
+def log_decays(
+    p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
+    REVERSE: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """Log decays from each token of a chunk to its end, or to its beginning if REVERSE.
+
+    Sums of gates; that of the token itself counts only if OWN. The second result is the log decay
+    over the whole chunk.
+    """
+    SHIFT: tl.constexpr = 0 if OWN else (-1 if REVERSE else 1)
+    g = base_two(load_rows(p, stride, start, T, 0, K, L, BK, SHIFT))
+    total = tl.sum(g, 0)
+    if not OWN:
+        t = start + (L - 1 if REVERSE else 0)
+        total += base_two(load_row(p, stride, t, t < T, 0, K, BK))
+    return tl.cumsum(g, 0, reverse=not REVERSE), total
+
+
+@triton.jit
+def in_range(from_middle, from_middle2, dtype: tl.constexpr):
+    """Whether log decays, counted from the middle of their range, fit factors of products."""
+    largest = tl.max(tl.maximum(tl.abs(from_middle), tl.abs(from_middle2)))
+    if dtype == tl.float32:
+        fits = largest <= RANGE_FLOAT32
+    else:
+        fits = largest <= RANGE
+    return fits
