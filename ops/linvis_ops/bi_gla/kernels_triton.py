@@ -4,7 +4,7 @@ A chunk is L tokens, a segment some chunks. A program of the output kernel has o
 head: it forms the state that enters it from either side out of the other chunks of its segment and
 what a scan over segments left in memory, and adds what the chunk's own tokens see of each other.
 README.md of this folder, Implementation in Triton, has the reasons. Sums are float32; log gates are
-base 2 inside.
+natural.
 
 Each direction of a chunk is in range, or it is not: where the gates of the chunk add up to little,
 decays between its tokens are products of two factors around the middle of that sum; elsewhere
@@ -17,19 +17,23 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._triton import on_device
-from linvis_ops._triton_math import exp2
 from linvis_ops.bi_gla.kernels_triton_common import (
+    add_chosen,
     add_product,
-    base_two,
+    choose,
+    exp,
     in_range,
+    load_gates,
     load_operand,
     load_row,
     load_rows,
-    log_decays,
+    opened,
     operand,
+    own_log_decays,
     place,
     product,
     store_rows,
+    whole,
 )
 from linvis_ops.bi_gla.launch import Launch, Rows, launch_for, rows_of
 
@@ -41,16 +45,37 @@ SCAN_ELEMENTS = 256
 
 @triton.jit
 def absorb(
-    state, p_x, p_y, p_g, x_stride, y_stride, g_stride, start, T, column,
-    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, OWN: tl.constexpr,
+    state, passed, x, y, p_g, g_stride, start, T, dtype: tl.constexpr, K: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """A state (BK, BV) carried over a chunk: decayed, and x y^T of the chunk's tokens added."""
-    exponent, total = log_decays(p_g, g_stride, start, T, K, L, BK, REVERSE, OWN)
-    x = load_rows(p_x, x_stride, start, T, 0, K, L, BK).to(tl.float32)
-    y = load_operand(p_y, y_stride, start, T, column, V, L, BV)
-    x = operand(x * exp2(exponent), p_x.dtype.element_ty)
-    return add_product(state * exp2(total)[:, None], tl.trans(x), y, p_x.dtype.element_ty)
+    """Add x y^T of a chunk's tokens to a state (BK, BV), decayed up to where the state is.
+
+    Args:
+        state: The state, float32.
+        passed: Sums of the gates of the chunks between this one and the place of the state, every
+            row (L, BK) alike.
+        x: (L, BK), float32.
+        y: (L, BV), an operand.
+        p_g: Gates of the sequence.
+        g_stride: Of their tokens.
+        start: First token of the chunk.
+        T: Tokens of the sequence.
+        dtype: Of the inputs.
+        K: Key channels.
+        L: Tokens of a chunk.
+        BK: Key channels of a tile.
+        REVERSE: The state lies before the chunk and not behind it.
+        OWN: A token's own gate acts on it.
+
+    Returns:
+        The state, and `passed` with this chunk's gates.
+    """
+    g = load_gates(p_g, g_stride, start, T, K, L, BK)
+    digits: tl.constexpr = p_g.dtype.element_ty
+    log_decay = add_chosen(passed, choose(L, not REVERSE, OWN), g, dtype, digits)
+    passed = add_chosen(passed, tl.full((L, L), True, tl.int1), g, dtype, digits)
+    state = add_product(state, tl.trans(operand(x * exp(log_decay), dtype)), y, dtype)
+    return state, passed
 
 
 @triton.jit
@@ -72,30 +97,32 @@ def walk_segment(
 
     The state at their end is number `index` in memory, that at their beginning is `span` further.
     """
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    zero = tl.zeros((L, BK), tl.float32)
     up = tl.zeros((BK, BV), tl.float32)
     down = tl.zeros((BK, BV), tl.float32)
-    up_total = tl.zeros((BK,), tl.float32)
-    down_total = tl.zeros((BK,), tl.float32)
-    dtype: tl.constexpr = p_x.dtype.element_ty
+    up_passed = zero
+    down_passed = zero
     for i in range(last - first):
         start = (first + i) * L
         x = load_rows(p_x, x_stride, start, T, 0, K, L, BK).to(tl.float32)
         y = load_operand(p_y, y_stride, start, T, column, V, L, BV)
-        exponent, total = log_decays(p_up, up_stride, start, T, K, L, BK, False, OWN)
-        left = operand(x * exp2(exponent), dtype)
-        up = add_product(up * exp2(total)[:, None], tl.trans(left), y, dtype)
-        up_total += total
-        exponent, total = log_decays(p_down, down_stride, start, T, K, L, BK, True, OWN)
-        left = operand(x * exp2(exponent + down_total[None, :]), dtype)
-        down = add_product(down, tl.trans(left), y, dtype)
-        down_total += total
+        added, passed = absorb(
+            tl.zeros((BK, BV), tl.float32), zero, x, y, p_up, up_stride, start, T,
+            dtype, K, L, BK, False, OWN,
+        )  # fmt: skip
+        up = up * exp(whole(passed)) + added
+        up_passed += passed
+        down, down_passed = absorb(
+            down, down_passed, x, y, p_down, down_stride, start, T, dtype, K, L, BK, True, OWN
+        )
     offsets, exist = state_offsets(column, K, V, BK, BV)
     tl.store(states + index * (K * V) + offsets, up, mask=exist)
     tl.store(states + (index + span) * (K * V) + offsets, down, mask=exist)
     if column == 0:
         c = tl.arange(0, BK)
-        tl.store(totals + index * K + c, up_total, mask=c < K)
-        tl.store(totals + (index + span) * K + c, down_total, mask=c < K)
+        tl.store(totals + index * K + c, tl.max(up_passed, 0), mask=c < K)
+        tl.store(totals + (index + span) * K + c, tl.max(down_passed, 0), mask=c < K)
 
 
 @triton.jit(
@@ -184,19 +211,19 @@ def bi_gla_scan_kernel(
             m = tl.where(against == 1, S - 1 - m0 - i, m0 + i)
             mask = exist & (m0 + i < S)
             tl.store(states + m.to(tl.int64) * (K * V), state, mask=mask)
-            state = state * exp2(decays[i]) + added[i]
+            state = state * exp(decays[i]) + added[i]
 
 
 @triton.jit
-def entering_state(
-    states, index, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
-):
-    """State number `index` of memory; zero where there is one segment only."""
-    if states is None:
-        state = tl.zeros((BK, BV), tl.float32)
-    else:
+def add_entering(
+    state, passed, states, index, column,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Add state number `index` of memory, decayed by the gates passed; none if memory has none."""
+    if states is not None:
         offsets, exist = state_offsets(column, K, V, BK, BV)
-        state = tl.load(states + index * (K * V) + offsets, mask=exist, other=0.0)
+        entering = tl.load(states + index * (K * V) + offsets, mask=exist, other=0.0)
+        state += entering * exp(whole(passed))
     return state
 
 
@@ -214,7 +241,7 @@ def token_by_token(
         s = i if REVERSE else count - 1 - i
         near = s - 1 if REVERSE else s + 1
         gate = load_row(p_g, g_stride, start + near, (near >= 0) & (near < count), 0, K, BK)
-        decay = tl.where(row == s, 1.0, decay * exp2(base_two(gate))[None, :])
+        decay = tl.where(row == s, 1.0, decay * exp(opened(gate))[None, :])
         x = load_row(p_k, k_stride, start + s, True, 0, K, BK)
         y = load_row(p_v, v_stride, start + s, True, column, V, BV)
         out += tl.sum(q * decay * x[None, :], 1)[:, None] * y[None, :]
@@ -265,42 +292,47 @@ def bi_gla_out_kernel(
     index = (batch * H + h) * S + n // R
     span = tl.num_programs(0).to(tl.int64) // N * S
 
-    forward = entering_state(states, index, column, K, V, BK, BV)
+    zero = tl.zeros((L, BK), tl.float32)
+    forward = tl.zeros((BK, BV), tl.float32)
+    backward = tl.zeros((BK, BV), tl.float32)
+    passed = zero
     for i in range(n - first):
-        forward = absorb(
-            forward, p_k, p_v, p_f, k_stride, v_stride, f_stride, (first + i) * L, T, column,
-            K, V, L, BK, BV, False, False,
-        )  # fmt: skip
-    backward = entering_state(states, index + span, column, K, V, BK, BV)
+        start = (n - 1 - i) * L
+        x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
+        forward, passed = absorb(
+            forward, passed, x, y, p_f, f_stride, start, T, dtype, K, L, BK, False, False
+        )
+    forward = add_entering(forward, passed, states, index, column, K, V, BK, BV)
+    passed = zero
     for i in range(last - 1 - n):
-        backward = absorb(
-            backward, p_k, p_v, p_b, k_stride, v_stride, b_stride, (last - 1 - i) * L, T, column,
-            K, V, L, BK, BV, True, False,
-        )  # fmt: skip
+        start = (n + 1 + i) * L
+        x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
+        backward, passed = absorb(
+            backward, passed, x, y, p_b, b_stride, start, T, dtype, K, L, BK, True, False
+        )
+    backward = add_entering(backward, passed, states, index + span, column, K, V, BK, BV)
 
     start = n * L
-    x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
-    f_exponent, f_total = log_decays(p_f, f_stride, start, T, K, L, BK, True, True)
-    b_exponent, b_total = log_decays(p_b, b_stride, start, T, K, L, BK, False, True)
-    f_middle, b_middle = f_total / 2, b_total / 2
-    fits = in_range(f_exponent - f_middle[None, :], b_exponent - b_middle[None, :], dtype)
+    f_decay, f_middle = own_log_decays(p_f, f_stride, start, T, dtype, K, L, BK, False)
+    b_decay, b_middle = own_log_decays(p_b, b_stride, start, T, dtype, K, L, BK, True)
+    fits = in_range(f_decay - f_middle, b_decay - b_middle, dtype)
     f_middle = tl.where(fits, f_middle, 0.0)
     b_middle = tl.where(fits, b_middle, 0.0)
-    f_exponent -= f_middle[None, :]
-    b_exponent -= b_middle[None, :]
-    f_q = operand(x * exp2(f_exponent), dtype)
-    b_q = operand(x * exp2(b_exponent), dtype)
-    out = product(f_q, operand(forward * exp2(f_middle)[:, None], dtype), dtype)
-    out = add_product(out, b_q, operand(backward * exp2(b_middle)[:, None], dtype), dtype)
+    x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+    f_q = operand(x * exp(f_decay - f_middle), dtype)
+    b_q = operand(x * exp(b_decay - b_middle), dtype)
+    out = product(f_q, operand(forward * exp(whole(f_middle)), dtype), dtype)
+    out = add_product(out, b_q, operand(backward * exp(whole(b_middle)), dtype), dtype)
     if fits:
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
         y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
-        f_weight = product(f_q, tl.trans(operand(x * exp2(-f_exponent), dtype)), dtype)
-        b_weight = product(b_q, tl.trans(operand(x * exp2(-b_exponent), dtype)), dtype)
-        t = tl.arange(0, L)[:, None]
-        s = tl.arange(0, L)[None, :]
+        f_weight = product(f_q, tl.trans(operand(x * exp(f_middle - f_decay), dtype)), dtype)
+        b_weight = product(b_q, tl.trans(operand(x * exp(b_middle - b_decay), dtype)), dtype)
         # the token itself counts in both
-        weight = tl.where(t >= s, f_weight, 0.0) + tl.where(t <= s, b_weight, 0.0)
+        weight = tl.where(choose(L, False, True), f_weight, 0.0)
+        weight += tl.where(choose(L, True, True), b_weight, 0.0)
         out = add_product(out, operand(weight, dtype), y, dtype)
     else:
         out = token_by_token(

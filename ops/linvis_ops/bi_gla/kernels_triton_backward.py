@@ -10,28 +10,48 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._triton import on_device
-from linvis_ops._triton_math import exp2
-from linvis_ops.bi_gla.kernels_triton import absorb, entering_state, entering_states
+from linvis_ops.bi_gla.kernels_triton import absorb, add_entering, entering_states
 from linvis_ops.bi_gla.kernels_triton_common import (
+    add_chosen,
     add_product,
-    base_two,
+    choose,
+    exp,
     in_range,
+    load_gates,
     load_operand,
     load_row,
     load_rows,
-    log_decays,
+    opened,
     operand,
+    own_log_decays,
     place,
     product,
     store_rows,
+    whole,
 )
 from linvis_ops.bi_gla.launch import Launch, launch_for, rows_of
 
 
 @triton.jit
+def to_middle(state, d_state, middle, fits, dtype: tl.constexpr):
+    """The state that enters a chunk and the gradient by the one that leaves it, as operands.
+
+    Decayed to the middle of the chunk's range if that fits. The last result is what the two give to
+    the gradient by every gate, (BK,).
+    """
+    half = exp(whole(middle))
+    rest = tl.where(fits, 1.0, half * half)
+    half = tl.where(fits, half, 1.0)
+    state *= half
+    d_state *= half
+    crossing = tl.sum(state * d_state * rest, 1)
+    return operand(state, dtype), operand(d_state, dtype), crossing
+
+
+@triton.jit
 def factored_gradients(
-    q, k, y, g, d_weight, exponent, total, state, d_state, dtype: tl.constexpr,
-    REVERSE: tl.constexpr,
+    q, k, y, g, d_weight, log_decay, state, d_state, crossing, dtype: tl.constexpr,
+    L: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one direction of a chunk whose gates are in range.
 
@@ -42,62 +62,60 @@ def factored_gradients(
         g: Gradient by the output, an operand (L, BV).
         d_weight: Gradient by the weights of this direction, without a token's weight of itself, an
             operand (L, L).
-        exponent: Log decay up to each token, (L, BK), counted from its middle.
-        total: Log decay over the chunk, (BK,); its half is the middle.
-        state: What enters the chunk, (BK, BV).
-        d_state: Gradient by what leaves it, (BK, BV).
+        log_decay: Of each token, (L, BK), counted from the middle of the range.
+        state: What enters the chunk, decayed up to the middle, an operand (BK, BV).
+        d_state: Gradient by what leaves it, decayed back to the middle, an operand (BK, BV).
+        crossing: Gradient by the gates that what enters and leaves gives to each, (BK,).
         dtype: Of the inputs.
+        L: Tokens of the chunk.
         REVERSE: The direction runs against the sequence.
 
     Returns:
         Weights (L, L), of which the other direction's half is meaningless; gradients by q, k, v
         and the gates. A token's weight of itself counts in the weights alone.
     """
-    q_decay = exp2(exponent)
-    k_decay = exp2(-exponent)
-    # from the beginning to the middle, and from there to the end
-    half = exp2(total / 2)[:, None]
-    state *= half
-    d_state *= half
-    crossing = tl.sum(state * d_state, 1)
-    d_state = operand(d_state, dtype)
+    q_decay = exp(log_decay)
+    k_decay = exp(-log_decay)
     q = operand(q * q_decay, dtype)
     k = operand(k * k_decay, dtype)
     weight = product(q, tl.trans(k), dtype)
     dv = product(k, d_state, dtype)
-    dq = product(g, tl.trans(operand(state, dtype)), dtype)
-    dq = add_product(dq, d_weight, k, dtype)
     dk = product(y, tl.trans(d_state), dtype)
-    # operands as the products above saw them, so that pairs on one side of a gate cancel
-    k = k.to(tl.float32)
-    crossing += tl.sum(k * dk, 0)
-    dk = add_product(dk, tl.trans(d_weight), q, dtype)
-    dg = crossing[None, :] + tl.cumsum(q.to(tl.float32) * dq - k * dk, 0, reverse=not REVERSE)
+    # pairs on both sides of a gate: keys that lie before it with what leaves the chunk, queries
+    # behind it with what entered, and pairs within the chunk as a difference of two sums, with the
+    # operands as the products saw them, so that pairs on one side cancel
+    seen = k.to(tl.float32)
+    dg = crossing[None, :] + tl.zeros_like(dk)
+    dg = add_chosen(dg, choose(L, REVERSE, False), seen * dk, dtype, tl.float16)
+    within = product(tl.trans(d_weight), q, dtype)
+    dk += within
+    dq = product(g, tl.trans(state), dtype)
+    dq = add_product(dq, d_weight, k, dtype)
+    terms = q.to(tl.float32) * dq - seen * within
+    dg = add_chosen(dg, choose(L, not REVERSE, True), terms, dtype, tl.float16)
     return weight, dq * q_decay, dk * k_decay, dv, dg
 
 
 @triton.jit
 def gradients_token_by_token(
-    q, k, y, g, p_k, p_v, p_g, k_stride, v_stride, g_stride, start, T, exponent, total,
-    state, d_state, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
+    q, k, y, g, p_k, p_v, p_g, k_stride, v_stride, g_stride, start, T, log_decay,
+    state, d_state, crossing, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients by q, k, v, gates of one direction of a chunk, without a token's weight of itself.
 
-    Arguments as in `factored_gradients`, but exponents are counted from the edge of the chunk.
+    Arguments as in `factored_gradients`, but decays and states are those at the edges of the chunk.
     """
     dtype: tl.constexpr = p_k.dtype.element_ty
-    to_end, _total = log_decays(p_g, g_stride, start, T, K, L, BK, REVERSE, False)
-    q_decay = exp2(exponent)
-    k_decay = exp2(to_end)
-    crossing = tl.sum(state * d_state, 1) * exp2(total)
-    d_state = operand(d_state, dtype)
+    digits: tl.constexpr = p_g.dtype.element_ty
+    zero = tl.zeros((L, BK), tl.float32)
+    gates = load_gates(p_g, g_stride, start, T, K, L, BK)
+    q_decay = exp(log_decay)
+    k_decay = exp(add_chosen(zero, choose(L, not REVERSE, False), gates, dtype, digits))
     dv = product(operand(k * k_decay, dtype), d_state, dtype)
-    dq = product(g, tl.trans(operand(state, dtype)), dtype) * q_decay
+    dq = product(g, tl.trans(state), dtype) * q_decay
     dk = product(y, tl.trans(d_state), dtype) * k_decay
-    later = k * dk
-    # tokens that lie before, without the one itself
-    dg = crossing[None, :] + tl.cumsum(later, 0, reverse=REVERSE) - later
+    dg = add_chosen(crossing[None, :] + zero, choose(L, REVERSE, False), k * dk, dtype, tl.float32)
     row = tl.arange(0, L)[:, None]
     count = tl.minimum(T - start, L)
     g = g.to(tl.float32)
@@ -107,7 +125,7 @@ def gradients_token_by_token(
         s = i if REVERSE else count - 1 - i
         near = s - 1 if REVERSE else s + 1
         gate = load_row(p_g, g_stride, start + near, (near >= 0) & (near < count), 0, K, BK)
-        decay *= exp2(base_two(gate))[None, :]
+        decay *= exp(opened(gate))[None, :]
         a = load_row(p_k, k_stride, start + s, True, 0, K, BK)
         b = load_row(p_v, v_stride, start + s, True, 0, V, BV)
         d_weight = tl.sum(g * b[None, :], 1)[:, None]
@@ -121,7 +139,8 @@ def gradients_token_by_token(
         dv += tl.where(own, v_part[None, :], 0.0)
         by_pairs -= tl.where(own, (a * k_part)[None, :], 0.0)
         decay = tl.where(own, 1.0, decay)
-    return dq, dk, dv, dg + tl.cumsum(by_pairs, 0, reverse=not REVERSE)
+    dg = add_chosen(dg, choose(L, not REVERSE, True), by_pairs, dtype, tl.float32)
+    return dq, dk, dv, dg
 
 
 @triton.jit(
@@ -173,66 +192,81 @@ def bi_gla_gradient_kernel(
     index = (batch * H + h) * S + n // R
     span = tl.num_programs(0).to(tl.int64) // N * S
 
-    f_state = entering_state(states, index, 0, K, V, BK, BV)
-    db_state = entering_state(states, index + 2 * span, 0, K, V, BK, BV)
+    zero = tl.zeros((L, BK), tl.float32)
+    f_state = tl.zeros((BK, BV), tl.float32)
+    b_state = tl.zeros((BK, BV), tl.float32)
+    df_state = tl.zeros((BK, BV), tl.float32)
+    db_state = tl.zeros((BK, BV), tl.float32)
+    f_passed = zero
+    b_passed = zero
     for i in range(n - first):
-        start = (first + i) * L
-        f_state = absorb(
-            f_state, p_k, p_v, p_f, k_stride, v_stride, f_stride, start, T, 0,
-            K, V, L, BK, BV, False, False,
-        )  # fmt: skip
-        db_state = absorb(
-            db_state, p_q, p_o, p_b, q_stride, o_stride, b_stride, start, T, 0,
-            K, V, L, BK, BV, False, True,
-        )  # fmt: skip
-    b_state = entering_state(states, index + span, 0, K, V, BK, BV)
-    df_state = entering_state(states, index + 3 * span, 0, K, V, BK, BV)
+        start = (n - 1 - i) * L
+        x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_v, v_stride, start, T, 0, V, L, BV)
+        f_state, f_passed = absorb(
+            f_state, f_passed, x, y, p_f, f_stride, start, T, dtype, K, L, BK, False, False
+        )
+        x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_o, o_stride, start, T, 0, V, L, BV)
+        db_state, b_passed = absorb(
+            db_state, b_passed, x, y, p_b, b_stride, start, T, dtype, K, L, BK, False, True
+        )
+    f_state = add_entering(f_state, f_passed, states, index, 0, K, V, BK, BV)
+    db_state = add_entering(db_state, b_passed, states, index + 2 * span, 0, K, V, BK, BV)
+    f_passed = zero
+    b_passed = zero
     for i in range(last - 1 - n):
-        start = (last - 1 - i) * L
-        b_state = absorb(
-            b_state, p_k, p_v, p_b, k_stride, v_stride, b_stride, start, T, 0,
-            K, V, L, BK, BV, True, False,
-        )  # fmt: skip
-        df_state = absorb(
-            df_state, p_q, p_o, p_f, q_stride, o_stride, f_stride, start, T, 0,
-            K, V, L, BK, BV, True, True,
-        )  # fmt: skip
+        start = (n + 1 + i) * L
+        x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_v, v_stride, start, T, 0, V, L, BV)
+        b_state, b_passed = absorb(
+            b_state, b_passed, x, y, p_b, b_stride, start, T, dtype, K, L, BK, True, False
+        )
+        x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_o, o_stride, start, T, 0, V, L, BV)
+        df_state, f_passed = absorb(
+            df_state, f_passed, x, y, p_f, f_stride, start, T, dtype, K, L, BK, True, True
+        )
+    b_state = add_entering(b_state, b_passed, states, index + span, 0, K, V, BK, BV)
+    df_state = add_entering(df_state, f_passed, states, index + 3 * span, 0, K, V, BK, BV)
 
     start = n * L
+    f_decay, f_middle = own_log_decays(p_f, f_stride, start, T, dtype, K, L, BK, False)
+    b_decay, b_middle = own_log_decays(p_b, b_stride, start, T, dtype, K, L, BK, True)
+    fits = in_range(f_decay - f_middle, b_decay - b_middle, dtype)
+    f_state, df_state, f_crossing = to_middle(f_state, df_state, f_middle, fits, dtype)
+    b_state, db_state, b_crossing = to_middle(b_state, db_state, b_middle, fits, dtype)
     b_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
     b_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
     b_v = load_operand(p_v, v_stride, start, T, 0, V, L, BV)
     b_o = load_operand(p_o, o_stride, start, T, 0, V, L, BV)
-    f_exponent, f_total = log_decays(p_f, f_stride, start, T, K, L, BK, True, True)
-    b_exponent, b_total = log_decays(p_b, b_stride, start, T, K, L, BK, False, True)
-    f_middle = f_exponent - f_total[None, :] / 2
-    b_middle = b_exponent - b_total[None, :] / 2
     # of a token with itself, in both directions
     own = 2 * tl.sum(b_v.to(tl.float32) * b_o.to(tl.float32), 1)[:, None]
-    if in_range(f_middle, b_middle, dtype):
-        t = tl.arange(0, L)[:, None]
-        s = tl.arange(0, L)[None, :]
+    if fits:
         d_weight = product(b_o, tl.trans(b_v), dtype)
+        part = operand(tl.where(choose(L, False, False), d_weight, 0.0), dtype)
         f_weight, b_dq, b_dk, b_dv, df = factored_gradients(
-            b_q, b_k, b_v, b_o, operand(tl.where(t > s, d_weight, 0.0), dtype), f_middle, f_total,
-            f_state, df_state, dtype, False,
+            b_q, b_k, b_v, b_o, part, f_decay - f_middle, f_state, df_state, f_crossing,
+            dtype, L, False,
         )  # fmt: skip
+        part = operand(tl.where(choose(L, True, False), d_weight, 0.0), dtype)
         b_weight, dq2, dk2, dv2, db = factored_gradients(
-            b_q, b_k, b_v, b_o, operand(tl.where(t < s, d_weight, 0.0), dtype), b_middle, b_total,
-            b_state, db_state, dtype, True,
+            b_q, b_k, b_v, b_o, part, b_decay - b_middle, b_state, db_state, b_crossing,
+            dtype, L, True,
         )  # fmt: skip
         b_dq += dq2
         b_dk += dk2
-        weight = tl.where(t >= s, f_weight, 0.0) + tl.where(t <= s, b_weight, 0.0)
+        weight = tl.where(choose(L, False, True), f_weight, 0.0)
+        weight += tl.where(choose(L, True, True), b_weight, 0.0)
         b_dv = add_product(b_dv + dv2, tl.trans(operand(weight, dtype)), b_o, dtype)
     else:
         b_dq, b_dk, b_dv, df = gradients_token_by_token(
-            b_q, b_k, b_v, b_o, p_k, p_v, p_f, k_stride, v_stride, f_stride, start, T, f_exponent,
-            f_total, f_state, df_state, K, V, L, BK, BV, False,
+            b_q, b_k, b_v, b_o, p_k, p_v, p_f, k_stride, v_stride, f_stride, start, T, f_decay,
+            f_state, df_state, f_crossing, K, V, L, BK, BV, False,
         )  # fmt: skip
         dq2, dk2, dv2, db = gradients_token_by_token(
-            b_q, b_k, b_v, b_o, p_k, p_v, p_b, k_stride, v_stride, b_stride, start, T, b_exponent,
-            b_total, b_state, db_state, K, V, L, BK, BV, True,
+            b_q, b_k, b_v, b_o, p_k, p_v, p_b, k_stride, v_stride, b_stride, start, T, b_decay,
+            b_state, db_state, b_crossing, K, V, L, BK, BV, True,
         )  # fmt: skip
         b_dq += dq2
         b_dk += dk2

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from linvis_ops._triton import interpreting
-from linvis_ops._triton_math import LOG2E
+from linvis_ops._triton_math import LOG2E, exp2
 
 # A gate below this decays to 0 in float32 as well, and its sums stay numbers.
 SHUT = tl.constexpr(-200.0)
-# Largest exponent of a factor, base 2. Operands of 24 bits ask for exponents that are precise.
-RANGE = tl.constexpr(56.0)
-RANGE_FLOAT32 = tl.constexpr(16.0)
+# Largest exponent of a factor. Operands of 24 bits ask for exponents that are precise.
+RANGE = tl.constexpr(40.0)
+RANGE_FLOAT32 = tl.constexpr(11.0)
 # The interpreter cuts digits off where a GPU rounds, and takes no bfloat16 in products.
 _INTERPRETING = tl.constexpr(interpreting())
 
@@ -79,19 +79,14 @@ def place(pid, parts, H):
 @triton.jit
 def load_rows(
     p, stride, start, T, column, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
-    SHIFT: tl.constexpr = 0,
 ):  # fmt: skip
-    """Tokens (L, BLOCK) of a chunk, each SHIFT tokens further; 0 outside of chunk and sequence."""
+    """Tokens (L, BLOCK) of a chunk; 0 beyond the sequence and the channels."""
     row = tl.arange(0, L)[:, None]
     c = column + tl.arange(0, BLOCK)[None, :]
-    inside = start + SHIFT + row < T
-    if SHIFT > 0:
-        inside = inside & (row < L - SHIFT)
-    if SHIFT < 0:
-        inside = inside & (row >= -SHIFT)
+    inside = start + row < T
     if WIDTH % BLOCK != 0:
         inside = inside & (c < WIDTH)
-    return tl.load(p + (start + SHIFT).to(tl.int64) * stride + (row * stride + c), inside, other=0)
+    return tl.load(p + start.to(tl.int64) * stride + (row * stride + c), mask=inside, other=0)
 
 
 @triton.jit
@@ -128,29 +123,75 @@ def store_rows(
 
 
 @triton.jit
-def base_two(g):
-    """Log gates as logarithms to base 2; shut ones as finite numbers."""
-    g = g.to(tl.float32) * LOG2E
+def exp(x):
+    """Compute e ** x."""
+    return exp2(x * LOG2E)
+
+
+@triton.jit
+def opened(g):
+    """Log gates as finite float32 numbers."""
+    g = g.to(tl.float32)
     return tl.where(g < SHUT, SHUT, g)
 
 
 @triton.jit
-def log_decays(
-    p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr, OWN: tl.constexpr,
-):  # fmt: skip
-    """Log decays from each token of a chunk to its end, or to its beginning if REVERSE.
+def load_gates(p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr):
+    """Log gates (L, BK) of a chunk, float32 and finite."""
+    return opened(load_rows(p, stride, start, T, 0, K, L, BK))
 
-    Sums of gates; that of the token itself counts only if OWN. The second result is the log decay
-    over the whole chunk.
+
+@triton.jit
+def add_chosen(total, choice, x, dtype: tl.constexpr, digits: tl.constexpr):
+    """Float32 total + choice x, where choice is a matrix of zeros and ones.
+
+    For short inputs by tensor cores, with x as a sum of as many bfloat16 numbers as hold the digits
+    of the dtype called `digits`.
     """
-    SHIFT: tl.constexpr = 0 if OWN else (-1 if REVERSE else 1)
-    g = base_two(load_rows(p, stride, start, T, 0, K, L, BK, SHIFT))
-    total = tl.sum(g, 0)
-    if not OWN:
-        t = start + (L - 1 if REVERSE else 0)
-        total += base_two(load_row(p, stride, t, t < T, 0, K, BK))
-    return tl.cumsum(g, 0, reverse=not REVERSE), total
+    PIECES: tl.constexpr = 1 if digits == tl.bfloat16 else (2 if digits == tl.float16 else 3)
+    if dtype == tl.float32:
+        total = tl.dot(choice.to(tl.float32), x, total, input_precision='ieee')
+    else:
+        chosen = operand(choice.to(tl.float32), tl.bfloat16)
+        for _ in tl.static_range(PIECES):
+            piece = operand(x, tl.bfloat16)
+            total = tl.dot(chosen, piece, total)
+            x -= piece.to(tl.float32)
+    return total
+
+
+@triton.jit
+def whole(passed):
+    """A row of a tile whose rows are alike, as a column."""
+    return tl.max(passed, 0)[:, None]
+
+
+@triton.jit
+def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
+    """Matrix (L, L): for each token those before it, those behind it if REVERSE; itself if OWN."""
+    t = tl.arange(0, L)[:, None]
+    s = tl.arange(0, L)[None, :]
+    if REVERSE:
+        chosen = s >= t if OWN else s > t
+    else:
+        chosen = s <= t if OWN else s < t
+    return chosen
+
+
+@triton.jit
+def own_log_decays(
+    p, stride, start, T, dtype: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Log decays (L, BK) from the edge where a direction enters a chunk up to each token.
+
+    The second result is half the log decay over the chunk, every row alike.
+    """
+    digits: tl.constexpr = p.dtype.element_ty
+    g = load_gates(p, stride, start, T, K, L, BK)
+    zero = tl.zeros((L, BK), tl.float32)
+    total = add_chosen(zero, tl.full((L, L), True, tl.int1), g, dtype, digits)
+    return add_chosen(zero, choose(L, REVERSE, True), g, dtype, digits), total * 0.5
 
 
 @triton.jit
