@@ -18,10 +18,10 @@ from torch import Tensor
 
 from linvis_ops._triton import on_device
 from linvis_ops.bi_gla.kernels_triton_common import (
-    add_chosen,
     add_product,
     choose,
     exp,
+    gate_sums,
     in_range,
     load_gates,
     load_operand,
@@ -71,11 +71,9 @@ def absorb(
         The state, and `passed` with this chunk's gates.
     """
     g = load_gates(p_g, g_stride, start, T, K, L, BK)
-    digits: tl.constexpr = p_g.dtype.element_ty
-    log_decay = add_chosen(passed, choose(L, not REVERSE, OWN), g, dtype, digits)
-    passed = add_chosen(passed, tl.full((L, L), True, tl.int1), g, dtype, digits)
-    state = add_product(state, tl.trans(operand(x * exp(log_decay), dtype)), y, dtype)
-    return state, passed
+    sums, total = gate_sums(g, dtype, p_g.dtype.element_ty, not REVERSE, OWN)
+    state = add_product(state, tl.trans(operand(x * exp(passed + sums), dtype)), y, dtype)
+    return state, passed + total
 
 
 @triton.jit

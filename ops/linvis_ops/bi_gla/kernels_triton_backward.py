@@ -12,10 +12,11 @@ from torch import Tensor
 from linvis_ops._triton import on_device
 from linvis_ops.bi_gla.kernels_triton import absorb, add_entering, entering_states
 from linvis_ops.bi_gla.kernels_triton_common import (
-    add_chosen,
+    add_crossing,
     add_product,
     choose,
     exp,
+    gate_sums,
     in_range,
     load_gates,
     load_operand,
@@ -51,49 +52,38 @@ def to_middle(state, d_state, middle, fits, dtype: tl.constexpr):
 @triton.jit
 def factored_gradients(
     q, k, y, g, d_weight, log_decay, state, d_state, crossing, dtype: tl.constexpr,
-    L: tl.constexpr, REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one direction of a chunk whose gates are in range.
+    """Gradients of one direction of a chunk in range, without a token's weight of itself.
 
     Args:
-        q: (L, BK), float32.
-        k: (L, BK), float32.
+        q: (L, BK) with its decay, an operand.
+        k: (L, BK) with its decay, an operand.
         y: Values, an operand (L, BV).
         g: Gradient by the output, an operand (L, BV).
-        d_weight: Gradient by the weights of this direction, without a token's weight of itself, an
-            operand (L, L).
+        d_weight: Gradient by the weights of this direction, an operand (L, L).
         log_decay: Of each token, (L, BK), counted from the middle of the range.
         state: What enters the chunk, decayed up to the middle, an operand (BK, BV).
         d_state: Gradient by what leaves it, decayed back to the middle, an operand (BK, BV).
         crossing: Gradient by the gates that what enters and leaves gives to each, (BK,).
         dtype: Of the inputs.
-        L: Tokens of the chunk.
         REVERSE: The direction runs against the sequence.
 
     Returns:
-        Weights (L, L), of which the other direction's half is meaningless; gradients by q, k, v
-        and the gates. A token's weight of itself counts in the weights alone.
+        Gradients by q, k and the gates.
     """
-    q_decay = exp(log_decay)
-    k_decay = exp(-log_decay)
-    q = operand(q * q_decay, dtype)
-    k = operand(k * k_decay, dtype)
-    weight = product(q, tl.trans(k), dtype)
-    dv = product(k, d_state, dtype)
     dk = product(y, tl.trans(d_state), dtype)
+    within = product(tl.trans(d_weight), q, dtype)
+    dq = product(g, tl.trans(state), dtype)
+    dq = add_product(dq, d_weight, k, dtype)
     # pairs on both sides of a gate: keys that lie before it with what leaves the chunk, queries
     # behind it with what entered, and pairs within the chunk as a difference of two sums, with the
     # operands as the products saw them, so that pairs on one side cancel
     seen = k.to(tl.float32)
-    dg = crossing[None, :] + tl.zeros_like(dk)
-    dg = add_chosen(dg, choose(L, REVERSE, False), seen * dk, dtype, tl.float16)
-    within = product(tl.trans(d_weight), q, dtype)
-    dk += within
-    dq = product(g, tl.trans(state), dtype)
-    dq = add_product(dq, d_weight, k, dtype)
     terms = q.to(tl.float32) * dq - seen * within
-    dg = add_chosen(dg, choose(L, not REVERSE, True), terms, dtype, tl.float16)
-    return weight, dq * q_decay, dk * k_decay, dv, dg
+    dg = crossing[None, :] + tl.zeros_like(dk)
+    dg = add_crossing(dg, seen * dk, terms, dtype, tl.float16, REVERSE)
+    return dq * exp(log_decay), (dk + within) * exp(-log_decay), dg
 
 
 @triton.jit
@@ -104,18 +94,19 @@ def gradients_token_by_token(
 ):  # fmt: skip
     """Gradients by q, k, v, gates of one direction of a chunk, without a token's weight of itself.
 
-    Arguments as in `factored_gradients`, but decays and states are those at the edges of the chunk.
+    Arguments as in `factored_gradients`, but q and k are float32 and not decayed, and decays and
+    states are those at the edges of the chunk.
     """
     dtype: tl.constexpr = p_k.dtype.element_ty
     digits: tl.constexpr = p_g.dtype.element_ty
-    zero = tl.zeros((L, BK), tl.float32)
     gates = load_gates(p_g, g_stride, start, T, K, L, BK)
+    to_end, _total = gate_sums(gates, dtype, digits, not REVERSE, False)
     q_decay = exp(log_decay)
-    k_decay = exp(add_chosen(zero, choose(L, not REVERSE, False), gates, dtype, digits))
+    k_decay = exp(to_end)
     dv = product(operand(k * k_decay, dtype), d_state, dtype)
     dq = product(g, tl.trans(state), dtype) * q_decay
     dk = product(y, tl.trans(d_state), dtype) * k_decay
-    dg = add_chosen(crossing[None, :] + zero, choose(L, REVERSE, False), k * dk, dtype, tl.float32)
+    keys = k * dk
     row = tl.arange(0, L)[:, None]
     count = tl.minimum(T - start, L)
     g = g.to(tl.float32)
@@ -139,7 +130,8 @@ def gradients_token_by_token(
         dv += tl.where(own, v_part[None, :], 0.0)
         by_pairs -= tl.where(own, (a * k_part)[None, :], 0.0)
         decay = tl.where(own, 1.0, decay)
-    dg = add_chosen(dg, choose(L, not REVERSE, True), by_pairs, dtype, tl.float32)
+    dg = crossing[None, :] + tl.zeros_like(dk)
+    dg = add_crossing(dg, keys, by_pairs, dtype, tl.float32, REVERSE)
     return dq, dk, dv, dg
 
 
@@ -236,44 +228,55 @@ def bi_gla_gradient_kernel(
     fits = in_range(f_decay - f_middle, b_decay - b_middle, dtype)
     f_state, df_state, f_crossing = to_middle(f_state, df_state, f_middle, fits, dtype)
     b_state, db_state, b_crossing = to_middle(b_state, db_state, b_middle, fits, dtype)
-    b_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
-    b_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
     b_v = load_operand(p_v, v_stride, start, T, 0, V, L, BV)
     b_o = load_operand(p_o, o_stride, start, T, 0, V, L, BV)
     # of a token with itself, in both directions
     own = 2 * tl.sum(b_v.to(tl.float32) * b_o.to(tl.float32), 1)[:, None]
     if fits:
+        f_decay -= f_middle
+        b_decay -= b_middle
+        x_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        f_q = operand(x_q * exp(f_decay), dtype)
+        f_k = operand(x_k * exp(-f_decay), dtype)
+        r_q = operand(x_q * exp(b_decay), dtype)
+        r_k = operand(x_k * exp(-b_decay), dtype)
+        weight = tl.where(choose(L, False, True), product(f_q, tl.trans(f_k), dtype), 0.0)
+        weight += tl.where(choose(L, True, True), product(r_q, tl.trans(r_k), dtype), 0.0)
+        b_dv = product(tl.trans(operand(weight, dtype)), b_o, dtype)
+        b_dv = add_product(b_dv, f_k, df_state, dtype)
+        b_dv = add_product(b_dv, r_k, db_state, dtype)
+        store_rows(dv, half * b_dv, batch, h, H, start, T, 0, V, L, BV)
         d_weight = product(b_o, tl.trans(b_v), dtype)
         part = operand(tl.where(choose(L, False, False), d_weight, 0.0), dtype)
-        f_weight, b_dq, b_dk, b_dv, df = factored_gradients(
-            b_q, b_k, b_v, b_o, part, f_decay - f_middle, f_state, df_state, f_crossing,
-            dtype, L, False,
-        )  # fmt: skip
+        b_dq, b_dk, df = factored_gradients(
+            f_q, f_k, b_v, b_o, part, f_decay, f_state, df_state, f_crossing, dtype, False
+        )
         part = operand(tl.where(choose(L, True, False), d_weight, 0.0), dtype)
-        b_weight, dq2, dk2, dv2, db = factored_gradients(
-            b_q, b_k, b_v, b_o, part, b_decay - b_middle, b_state, db_state, b_crossing,
-            dtype, L, True,
-        )  # fmt: skip
+        dq2, dk2, db = factored_gradients(
+            r_q, r_k, b_v, b_o, part, b_decay, b_state, db_state, b_crossing, dtype, True
+        )
         b_dq += dq2
         b_dk += dk2
-        weight = tl.where(choose(L, False, True), f_weight, 0.0)
-        weight += tl.where(choose(L, True, True), b_weight, 0.0)
-        b_dv = add_product(b_dv + dv2, tl.trans(operand(weight, dtype)), b_o, dtype)
     else:
+        x_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
         b_dq, b_dk, b_dv, df = gradients_token_by_token(
-            b_q, b_k, b_v, b_o, p_k, p_v, p_f, k_stride, v_stride, f_stride, start, T, f_decay,
+            x_q, x_k, b_v, b_o, p_k, p_v, p_f, k_stride, v_stride, f_stride, start, T, f_decay,
             f_state, df_state, f_crossing, K, V, L, BK, BV, False,
         )  # fmt: skip
         dq2, dk2, dv2, db = gradients_token_by_token(
-            b_q, b_k, b_v, b_o, p_k, p_v, p_b, k_stride, v_stride, b_stride, start, T, b_decay,
+            x_q, x_k, b_v, b_o, p_k, p_v, p_b, k_stride, v_stride, b_stride, start, T, b_decay,
             b_state, db_state, b_crossing, K, V, L, BK, BV, True,
         )  # fmt: skip
         b_dq += dq2
         b_dk += dk2
-        b_dv += dv2 + 2 * tl.sum(b_q * b_k, 1)[:, None] * b_o.to(tl.float32)
-    store_rows(dq, half * (b_dq + own * b_k), batch, h, H, start, T, 0, K, L, BK)
-    store_rows(dk, half * (b_dk + own * b_q), batch, h, H, start, T, 0, K, L, BK)
-    store_rows(dv, half * b_dv, batch, h, H, start, T, 0, V, L, BV)
+        b_dv += dv2 + 2 * tl.sum(x_q * x_k, 1)[:, None] * b_o.to(tl.float32)
+        store_rows(dv, half * b_dv, batch, h, H, start, T, 0, V, L, BV)
+    x_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+    x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+    store_rows(dq, half * (b_dq + own * x_k), batch, h, H, start, T, 0, K, L, BK)
+    store_rows(dk, half * (b_dk + own * x_q), batch, h, H, start, T, 0, K, L, BK)
     store_rows(dg_fwd, half * df, batch, h, H, start, T, 0, K, L, BK)
     store_rows(dg_bwd, half * db, batch, h, H, start, T, 0, K, L, BK)
 

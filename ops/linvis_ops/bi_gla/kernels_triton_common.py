@@ -150,9 +150,10 @@ def add_chosen(total, choice, x, dtype: tl.constexpr, digits: tl.constexpr):
     """
     PIECES: tl.constexpr = 1 if digits == tl.bfloat16 else (2 if digits == tl.float16 else 3)
     if dtype == tl.float32:
-        total = tl.dot(choice.to(tl.float32), x, total, input_precision='ieee')
+        total = tl.dot(tl.where(choice, 1.0, 0.0), x, total, input_precision='ieee')
     else:
-        chosen = operand(choice.to(tl.float32), tl.bfloat16)
+        one = operand(tl.full((1, 1), 1.0, tl.float32), tl.bfloat16)
+        chosen = tl.where(choice, one, tl.zeros_like(one))
         for _ in tl.static_range(PIECES):
             piece = operand(x, tl.bfloat16)
             total = tl.dot(chosen, piece, total)
@@ -179,6 +180,50 @@ def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
 
 
 @triton.jit
+def add_all(total, x, dtype: tl.constexpr, digits: tl.constexpr):
+    """Total + the sum of all rows of x, (L, BK), in each row."""
+    ones = tl.full((x.shape[0], x.shape[0]), True, tl.int1)
+    return add_chosen(total, ones, x, dtype, digits)
+
+
+@triton.jit
+def gate_sums(
+    g, dtype: tl.constexpr, digits: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr
+):
+    """Sums of the gates (L, BK) that `choose` chooses, and of all, every row alike."""
+    L: tl.constexpr = g.shape[0]
+    total = add_all(tl.zeros_like(g), g, dtype, digits)
+    if dtype == tl.float32:
+        sums = add_chosen(tl.zeros_like(g), choose(L, REVERSE, OWN), g, dtype, digits)
+    else:
+        # what differences lose is little beside short inputs, and one matrix takes less registers
+        sums = add_chosen(tl.zeros_like(g), choose(L, False, True), g, dtype, digits)
+        if REVERSE:
+            sums = total - sums
+        if REVERSE == OWN:
+            sums = sums + g if OWN else sums - g
+    return sums, total
+
+
+@triton.jit
+def add_crossing(
+    crossing, keys, queries, dtype: tl.constexpr, digits: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Crossing + keys before each gate + queries behind it, (L, BK); exchanged if REVERSE."""
+    L: tl.constexpr = keys.shape[0]
+    if REVERSE:
+        crossing = add_all(crossing, keys, dtype, digits)
+        crossing = add_chosen(crossing, choose(L, False, True), queries - keys, dtype, digits)
+    else:
+        crossing = add_all(crossing, queries, dtype, digits)
+        difference = keys - queries
+        crossing = add_chosen(
+            crossing - difference, choose(L, False, True), difference, dtype, digits
+        )
+    return crossing
+
+
+@triton.jit
 def own_log_decays(
     p, stride, start, T, dtype: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -187,11 +232,9 @@ def own_log_decays(
 
     The second result is half the log decay over the chunk, every row alike.
     """
-    digits: tl.constexpr = p.dtype.element_ty
     g = load_gates(p, stride, start, T, K, L, BK)
-    zero = tl.zeros((L, BK), tl.float32)
-    total = add_chosen(zero, tl.full((L, L), True, tl.int1), g, dtype, digits)
-    return add_chosen(zero, choose(L, REVERSE, True), g, dtype, digits), total * 0.5
+    sums, total = gate_sums(g, dtype, p.dtype.element_ty, REVERSE, True)
+    return sums, total * 0.5
 
 
 @triton.jit
