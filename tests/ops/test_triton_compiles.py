@@ -20,7 +20,8 @@ def compiled(request, monkeypatch, tmp_path):
 
     driver = mock.MagicMock()
     driver.get_current_target.return_value = GPUTarget('cuda', request.param, 32)
-    driver.get_current_device.return_value = 0
+    # Triton keeps compiled kernels by device
+    driver.get_current_device.return_value = request.param
     driver.get_current_stream.return_value = 0
     monkeypatch.setattr(triton.runtime.driver, '_active', driver)
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
@@ -57,8 +58,7 @@ def test_bi_wkv(compiled, dtype):
     }
 
 
-@pytest.mark.parametrize('gates', [torch.float32, torch.bfloat16], ids=['g32', 'g16'])
-@pytest.mark.parametrize('segments', [1, 2])
+@pytest.mark.parametrize(('segments', 'gates'), [(1, torch.float32), (2, torch.bfloat16)])
 def test_bi_gla(compiled, segments, gates):
     from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward
     from linvis_ops.bi_gla.launch import Launch
@@ -78,10 +78,10 @@ def test_bi_gla_in_other_dtypes(compiled, dtype):
     from linvis_ops.bi_gla.launch import Launch
 
     inputs = [t.detach() for t in bi_gla_inputs(1, 30, 1, 16, 20, dtype)]
-    launch = Launch(16, chunks=2, segment=1, segments=2, keys=16, values=32)
+    launch = Launch(16, chunks=2, segment=2, segments=1, keys=16, values=32)
     kernels_triton.bi_gla_forward(*inputs, launch=launch)
     kernels_triton_backward.bi_gla_backward(inputs[2], *inputs, launch=launch)
-    assert len(compiled) == 6
+    assert len(compiled) == 2
 
 
 def test_q_shift(compiled):

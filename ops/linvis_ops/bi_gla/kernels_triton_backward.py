@@ -5,6 +5,7 @@ chunk and the gradients by the states that leave it, and turns them into all gra
 chunk's tokens; only the inputs are read. README.md of this folder has the formulas.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -88,7 +89,7 @@ def factored_gradients(
 
 @triton.jit
 def gradients_token_by_token(
-    q, k, y, g, p_k, p_v, p_g, k_stride, v_stride, g_stride, start, T, log_decay,
+    q, k, y, g, p_k, p_v, p_g, k_stride, v_stride, g_stride, start, T, column, log_decay,
     state, d_state, crossing, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +119,7 @@ def gradients_token_by_token(
         gate = load_row(p_g, g_stride, start + near, (near >= 0) & (near < count), 0, K, BK)
         decay *= exp(opened(gate))[None, :]
         a = load_row(p_k, k_stride, start + s, True, 0, K, BK)
-        b = load_row(p_v, v_stride, start + s, True, 0, V, BV)
+        b = load_row(p_v, v_stride, start + s, True, column, V, BV)
         d_weight = tl.sum(g * b[None, :], 1)[:, None]
         q_part = d_weight * decay * a[None, :]
         k_part = tl.sum(d_weight * decay * q, 0)
@@ -149,9 +150,9 @@ def bi_gla_gradient_kernel(
     g_bwd,
     go,  # (B, T, H, V): gradient by the output
     states,  # (4, B, H, S, K, V) of the scan, or None
-    dq,  # (B, T, H, K), contiguous
-    dk,
     dv,  # (B, T, H, V), contiguous
+    dq,  # (B, T, H, K), contiguous; (slices of V, B, T, H, K), float32, where there are several
+    dk,
     dg_fwd,
     dg_bwd,
     T,
@@ -168,8 +169,11 @@ def bi_gla_gradient_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk."""
+    """Gradients of one chunk, from one slice of the values."""
     batch, n, h = place(tl.program_id(0), N, H)
+    column = tl.program_id(1) * BV
+    # each slice of values has gradients of its own by the other inputs
+    part = tl.num_programs(0).to(tl.int64) // (N * H) * tl.program_id(1)
     dtype: tl.constexpr = q.dtype.element_ty
     p_q = q + (batch * q_b + h * q_h) * ALIGN
     p_k = k + (batch * k_b + h * k_h) * ALIGN
@@ -194,33 +198,33 @@ def bi_gla_gradient_kernel(
     for i in range(n - first):
         start = (n - 1 - i) * L
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
-        y = load_operand(p_v, v_stride, start, T, 0, V, L, BV)
+        y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
         f_state, f_passed = absorb(
             f_state, f_passed, x, y, p_f, f_stride, start, T, dtype, K, L, BK, False, False
         )
         x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
-        y = load_operand(p_o, o_stride, start, T, 0, V, L, BV)
+        y = load_operand(p_o, o_stride, start, T, column, V, L, BV)
         db_state, b_passed = absorb(
             db_state, b_passed, x, y, p_b, b_stride, start, T, dtype, K, L, BK, False, True
         )
-    f_state = add_entering(f_state, f_passed, states, index, 0, K, V, BK, BV)
-    db_state = add_entering(db_state, b_passed, states, index + 2 * span, 0, K, V, BK, BV)
+    f_state = add_entering(f_state, f_passed, states, index, column, K, V, BK, BV)
+    db_state = add_entering(db_state, b_passed, states, index + 2 * span, column, K, V, BK, BV)
     f_passed = zero
     b_passed = zero
     for i in range(last - 1 - n):
         start = (n + 1 + i) * L
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
-        y = load_operand(p_v, v_stride, start, T, 0, V, L, BV)
+        y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
         b_state, b_passed = absorb(
             b_state, b_passed, x, y, p_b, b_stride, start, T, dtype, K, L, BK, True, False
         )
         x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
-        y = load_operand(p_o, o_stride, start, T, 0, V, L, BV)
+        y = load_operand(p_o, o_stride, start, T, column, V, L, BV)
         df_state, f_passed = absorb(
             df_state, f_passed, x, y, p_f, f_stride, start, T, dtype, K, L, BK, True, True
         )
-    b_state = add_entering(b_state, b_passed, states, index + span, 0, K, V, BK, BV)
-    df_state = add_entering(df_state, f_passed, states, index + 3 * span, 0, K, V, BK, BV)
+    b_state = add_entering(b_state, b_passed, states, index + span, column, K, V, BK, BV)
+    df_state = add_entering(df_state, f_passed, states, index + 3 * span, column, K, V, BK, BV)
 
     start = n * L
     f_decay, f_middle = own_log_decays(p_f, f_stride, start, T, dtype, K, L, BK, False)
@@ -228,8 +232,8 @@ def bi_gla_gradient_kernel(
     fits = in_range(f_decay - f_middle, b_decay - b_middle, dtype)
     f_state, df_state, f_crossing = to_middle(f_state, df_state, f_middle, fits, dtype)
     b_state, db_state, b_crossing = to_middle(b_state, db_state, b_middle, fits, dtype)
-    b_v = load_operand(p_v, v_stride, start, T, 0, V, L, BV)
-    b_o = load_operand(p_o, o_stride, start, T, 0, V, L, BV)
+    b_v = load_operand(p_v, v_stride, start, T, column, V, L, BV)
+    b_o = load_operand(p_o, o_stride, start, T, column, V, L, BV)
     # of a token with itself, in both directions
     own = 2 * tl.sum(b_v.to(tl.float32) * b_o.to(tl.float32), 1)[:, None]
     if fits:
@@ -246,15 +250,15 @@ def bi_gla_gradient_kernel(
         b_dv = product(tl.trans(operand(weight, dtype)), b_o, dtype)
         b_dv = add_product(b_dv, f_k, df_state, dtype)
         b_dv = add_product(b_dv, r_k, db_state, dtype)
-        store_rows(dv, half * b_dv, batch, h, H, start, T, 0, V, L, BV)
+        store_rows(dv, half * b_dv, batch, h, H, start, T, column, V, L, BV)
         d_weight = product(b_o, tl.trans(b_v), dtype)
-        part = operand(tl.where(choose(L, False, False), d_weight, 0.0), dtype)
+        inner = operand(tl.where(choose(L, False, False), d_weight, 0.0), dtype)
         b_dq, b_dk, df = factored_gradients(
-            f_q, f_k, b_v, b_o, part, f_decay, f_state, df_state, f_crossing, dtype, False
+            f_q, f_k, b_v, b_o, inner, f_decay, f_state, df_state, f_crossing, dtype, False
         )
-        part = operand(tl.where(choose(L, True, False), d_weight, 0.0), dtype)
+        inner = operand(tl.where(choose(L, True, False), d_weight, 0.0), dtype)
         dq2, dk2, db = factored_gradients(
-            r_q, r_k, b_v, b_o, part, b_decay, b_state, db_state, b_crossing, dtype, True
+            r_q, r_k, b_v, b_o, inner, b_decay, b_state, db_state, b_crossing, dtype, True
         )
         b_dq += dq2
         b_dk += dk2
@@ -262,23 +266,23 @@ def bi_gla_gradient_kernel(
         x_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
         x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
         b_dq, b_dk, b_dv, df = gradients_token_by_token(
-            x_q, x_k, b_v, b_o, p_k, p_v, p_f, k_stride, v_stride, f_stride, start, T, f_decay,
-            f_state, df_state, f_crossing, K, V, L, BK, BV, False,
+            x_q, x_k, b_v, b_o, p_k, p_v, p_f, k_stride, v_stride, f_stride, start, T, column,
+            f_decay, f_state, df_state, f_crossing, K, V, L, BK, BV, False,
         )  # fmt: skip
         dq2, dk2, dv2, db = gradients_token_by_token(
-            x_q, x_k, b_v, b_o, p_k, p_v, p_b, k_stride, v_stride, b_stride, start, T, b_decay,
-            b_state, db_state, b_crossing, K, V, L, BK, BV, True,
+            x_q, x_k, b_v, b_o, p_k, p_v, p_b, k_stride, v_stride, b_stride, start, T, column,
+            b_decay, b_state, db_state, b_crossing, K, V, L, BK, BV, True,
         )  # fmt: skip
         b_dq += dq2
         b_dk += dk2
         b_dv += dv2 + 2 * tl.sum(x_q * x_k, 1)[:, None] * b_o.to(tl.float32)
-        store_rows(dv, half * b_dv, batch, h, H, start, T, 0, V, L, BV)
+        store_rows(dv, half * b_dv, batch, h, H, start, T, column, V, L, BV)
     x_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
     x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
-    store_rows(dq, half * (b_dq + own * x_k), batch, h, H, start, T, 0, K, L, BK)
-    store_rows(dk, half * (b_dk + own * x_q), batch, h, H, start, T, 0, K, L, BK)
-    store_rows(dg_fwd, half * df, batch, h, H, start, T, 0, K, L, BK)
-    store_rows(dg_bwd, half * db, batch, h, H, start, T, 0, K, L, BK)
+    store_rows(dq, half * (b_dq + own * x_k), part + batch, h, H, start, T, 0, K, L, BK)
+    store_rows(dk, half * (b_dk + own * x_q), part + batch, h, H, start, T, 0, K, L, BK)
+    store_rows(dg_fwd, half * df, part + batch, h, H, start, T, 0, K, L, BK)
+    store_rows(dg_bwd, half * db, part + batch, h, H, start, T, 0, K, L, BK)
 
 
 def bi_gla_backward(
@@ -295,14 +299,26 @@ def bi_gla_backward(
     batch, tokens, heads, key_width = q.shape
     launch = launch or launch_for(q, v, 'bwd')
     rows = rows_of(q, k, v, g_fwd, g_bwd, go, length=launch.length)
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v, g_fwd, g_bwd))
+    slices = triton.cdiv(v.shape[-1], launch.values)
+    dv = v.new_empty(v.shape)
+    parts = tuple(
+        x.new_empty(x.shape)
+        if slices == 1
+        else x.new_empty((slices, *x.shape), dtype=torch.float32)
+        for x in (q, k, g_fwd, g_bwd)
+    )
     half = (key_width**-0.5 if scale is None else scale) / 2
     with on_device(v):
         states = entering_states(rows, launch, with_gradients=True)
-        bi_gla_gradient_kernel[(batch * heads * launch.chunks,)](
-            *rows.tensors, states, *grads, tokens, heads, launch.chunks, launch.segment,
+        bi_gla_gradient_kernel[(batch * heads * launch.chunks, slices)](
+            *rows.tensors, states, dv, *parts, tokens, heads, launch.chunks, launch.segment,
             launch.segments, half, *rows.strides,
             ALIGN=rows.align, K=key_width, V=v.shape[-1], L=launch.length, BK=launch.keys,
             BV=launch.values, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    return grads  # type: ignore[return-value]
+    if slices > 1:
+        parts = tuple(
+            x.sum(0).to(like.dtype) for x, like in zip(parts, (q, k, g_fwd, g_bwd), strict=True)
+        )
+    dq, dk, dg_fwd, dg_bwd = parts
+    return dq, dk, dv, dg_fwd, dg_bwd

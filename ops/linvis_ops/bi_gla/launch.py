@@ -27,7 +27,8 @@ class Rule:
         segment: Most tokens of a segment of longer sequences.
         programs: Programs that are wanted for each multiprocessor of the GPU; segments get longer
             where there are more.
-        values: Most value channels of a program of the forward pass.
+        state_bytes: Most bytes of a state as a factor of products; wide values are cut into slices
+            for which programs of their own run.
         stages: Chunks of a loop whose loads are under way together, as `num_stages` of Triton.
     """
 
@@ -36,7 +37,7 @@ class Rule:
     at_once: int = 256
     segment: int = 256
     programs: int = 4
-    values: int = 64
+    state_bytes: int = 16384
     stages: int = 2
 
 
@@ -66,8 +67,8 @@ class Launch:
 
 
 Rules = dict[tuple[Pass, str], Rule]
-# By pass and by size: short inputs up to a width of 64, and float32 or wider ones. Safe on every
-# GPU; not tuned.
+# By pass and by size: bfloat16 up to a width of 64, and what takes more memory. Safe on every GPU;
+# not tuned.
 DEFAULT: Rules = {
     ('fwd', 'small'): Rule(length=64),
     ('fwd', 'large'): Rule(length=32),
@@ -105,8 +106,9 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
     rules, processors = rules_of(q.device)
     batch, tokens, heads, key_width = q.shape
     keys, values = _power_of_two(key_width), _power_of_two(v.shape[-1])
-    large = q.dtype == torch.float32 or max(keys, values) > 64
-    rule = rule or rules[of, 'large' if large else 'small']
+    short = q.dtype == torch.bfloat16
+    rule = rule or rules[of, 'small' if short and max(keys, values) <= 64 else 'large']
+    most_values = rule.state_bytes // (keys * (2 if short else 4))
     length = min(rule.length, _power_of_two(tokens))
     chunks = -(-tokens // length)
     if tokens <= rule.at_once:
@@ -120,7 +122,7 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
         segment=segment,
         segments=-(-chunks // segment),
         keys=keys,
-        values=min(values, rule.values) if of == 'fwd' else values,
+        values=min(values, max(most_values, LEAST)),
         warps=rule.warps,
         stages=rule.stages,
     )
