@@ -277,7 +277,7 @@ def mixed_gates(inputs):
 def test_extreme_inputs_are_finite_and_right(backend, device, values, gate, tokens, dtype):
     mixed = gate == 'mixed'
     interpreted = backend == 'triton' and device == 'cpu'
-    if interpreted and tokens > 100:
+    if interpreted and (tokens > 100 or values == 'equal'):
         pytest.skip('long in the interpreter; divisions into chunks have a test of their own')
     heads = 1 if interpreted else 2
     inputs = bi_gla_inputs(1, tokens, heads, 8, 8, dtype, device, gate=None if mixed else gate)
@@ -294,7 +294,7 @@ def test_extreme_inputs_are_finite_and_right(backend, device, values, gate, toke
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_long_sequences_match_float64(backend, device, gate):
     mixed = gate == 'mixed'
-    tokens = 290 if backend == 'triton' and device == 'cpu' else 4100
+    tokens = 260 if backend == 'triton' and device == 'cpu' else 4100
     inputs = bi_gla_inputs(1, tokens, 1, 4, 8, device=device, gate=None if mixed else gate)
     if mixed:
         mixed_gates(inputs)
@@ -314,7 +314,7 @@ def test_long_sequences_match_float64(backend, device, gate):
         (37, 16, 3, None, torch.bfloat16),
         (37, 16, 1, None, torch.bfloat16),
         (50, 16, 2, None, torch.float32),
-        (150, 16, 1, -0.5, torch.float16),  # the scan takes several rounds
+        (140, 16, 1, -0.5, torch.float16),  # the scan takes several rounds
         (70, 32, 2, -1.0, torch.bfloat16),
         (37, 16, 3, 'mixed', torch.float32),
         (37, 16, 1, 'mixed', torch.bfloat16),

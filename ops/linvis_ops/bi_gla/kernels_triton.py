@@ -371,6 +371,7 @@ def entering_states(rows: Rows, launch: Launch, *, with_gradients: bool = False)
         *rows.strides, *(() if with_gradients else (0, 0, 0)),
         ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
         BV=launch.values, num_warps=launch.warps, num_stages=launch.stages,
+        maxnreg=launch.registers,
     )  # fmt: skip
     blocks = triton.cdiv(key_width * value_width, SCAN_ELEMENTS)
     bi_gla_scan_kernel[(kinds * batch * heads, blocks)](
@@ -404,5 +405,6 @@ def bi_gla_forward(
             launch.segments, half, *rows.strides,
             ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
             BV=launch.values, num_warps=launch.warps, num_stages=launch.stages,
+            maxnreg=launch.registers,
         )  # fmt: skip
     return o

@@ -315,6 +315,7 @@ def bi_gla_backward(
             launch.segments, half, *rows.strides,
             ALIGN=rows.align, K=key_width, V=v.shape[-1], L=launch.length, BK=launch.keys,
             BV=launch.values, num_warps=launch.warps, num_stages=launch.stages,
+            maxnreg=launch.registers,
         )  # fmt: skip
     if slices > 1:
         parts = tuple(

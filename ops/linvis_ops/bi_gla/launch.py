@@ -30,6 +30,8 @@ class Rule:
         state_bytes: Most bytes of a state as a factor of products; wide values are cut into slices
             for which programs of their own run.
         stages: Chunks of a loop whose loads are under way together, as `num_stages` of Triton.
+        registers: Most registers of a thread, so that more programs share a multiprocessor; None:
+            as many as the compiler likes.
     """
 
     length: int
@@ -37,8 +39,9 @@ class Rule:
     at_once: int = 256
     segment: int = 256
     programs: int = 4
-    state_bytes: int = 16384
+    state_bytes: int = 8192
     stages: int = 2
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Launch:
         values: Value channels of a tile, a power of two.
         warps: Warps of a program.
         stages: As `num_stages` of Triton.
+        registers: As `maxnreg` of Triton.
     """
 
     length: int
@@ -64,16 +68,19 @@ class Launch:
     values: int
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
 
 
 Rules = dict[tuple[Pass, str], Rule]
-# By pass and by size: bfloat16 up to a width of 64, and what takes more memory. Safe on every GPU;
-# not tuned.
+# By pass and by size: bfloat16 up to a width of 64 is small, one of the two is large, neither is
+# wide. Safe on every GPU; not tuned.
 DEFAULT: Rules = {
-    ('fwd', 'small'): Rule(length=64),
-    ('fwd', 'large'): Rule(length=32),
+    ('fwd', 'small'): Rule(length=64, registers=168),
+    ('fwd', 'large'): Rule(length=32, state_bytes=16384),
+    ('fwd', 'wide'): Rule(length=16),
     ('bwd', 'small'): Rule(length=64),
     ('bwd', 'large'): Rule(length=32, warps=8, stages=1),
+    ('bwd', 'wide'): Rule(length=16, warps=8, stages=1),
 }
 # By compute capability.
 TUNED: dict[tuple[int, int], Rules] = {}
@@ -107,7 +114,8 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
     batch, tokens, heads, key_width = q.shape
     keys, values = _power_of_two(key_width), _power_of_two(v.shape[-1])
     short = q.dtype == torch.bfloat16
-    rule = rule or rules[of, 'small' if short and max(keys, values) <= 64 else 'large']
+    sizes = ('wide', 'large', 'small')
+    rule = rule or rules[of, sizes[short + (max(keys, values) <= 64)]]
     most_values = rule.state_bytes // (keys * (2 if short else 4))
     length = min(rule.length, _power_of_two(tokens))
     chunks = -(-tokens // length)
@@ -125,6 +133,7 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
         values=min(values, max(most_values, LEAST)),
         warps=rule.warps,
         stages=rule.stages,
+        registers=rule.registers,
     )
 
 
