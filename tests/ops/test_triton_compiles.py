@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linvis_ops._triton import interpreting
-from linvis_ops.testing import bi_wkv_inputs
+from linvis_ops.testing import bi_gla_inputs, bi_wkv_inputs
 
 triton = pytest.importorskip('triton')
 pytestmark = pytest.mark.skipif(interpreting(), reason='the interpreter compiles nothing')
@@ -56,6 +56,32 @@ def test_bi_wkv(compiled, dtype):
         'bi_wkv_gradient_kernel',
         'sum_rows_kernel',
     }
+
+
+@pytest.mark.parametrize(('segments', 'gates'), [(1, torch.float32), (2, torch.bfloat16)])
+def test_bi_gla(compiled, segments, gates):
+    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward
+    from linvis_ops.bi_gla.launch import Launch
+
+    inputs = bi_gla_inputs(2, 60, 3, 32, 64, torch.bfloat16, gate_dtype=gates)
+    inputs = [t.detach() for t in inputs]
+    launch = Launch(32, chunks=2, segment=2 // segments, segments=segments, keys=32, values=64)
+    kernels_triton.bi_gla_forward(*inputs, launch=launch)
+    kernels_triton_backward.bi_gla_backward(inputs[2], *inputs, launch=launch)
+    through_memory = {'bi_gla_state_kernel', 'bi_gla_scan_kernel'} if segments > 1 else set()
+    assert set(compiled) == {'bi_gla_out_kernel', 'bi_gla_gradient_kernel'} | through_memory
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['f32', 'f16'])
+def test_bi_gla_in_other_dtypes(compiled, dtype):
+    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward
+    from linvis_ops.bi_gla.launch import Launch
+
+    inputs = [t.detach() for t in bi_gla_inputs(1, 30, 1, 16, 20, dtype)]
+    launch = Launch(16, chunks=2, segment=2, segments=1, keys=16, values=32)
+    kernels_triton.bi_gla_forward(*inputs, launch=launch)
+    kernels_triton_backward.bi_gla_backward(inputs[2], *inputs, launch=launch)
+    assert len(compiled) == 2
 
 
 def test_q_shift(compiled):
@@ -133,3 +159,16 @@ def test_q_shift_mix_compiles_once_for_all_batches_and_grids(kernels, norm):
         launch_q_shift_mix(rows, columns, 64, torch.bfloat16, norm, batch=batch)
     variants = {(name, kernel.hash) for name, kernel in kernels}
     assert len(variants) == len({name for name, _ in variants})
+
+
+def test_bi_gla_compiles_once_for_all_batches_and_lengths(kernels):
+    from linvis_ops.bi_gla import kernels_triton
+    from linvis_ops.bi_gla.launch import Rule, launch_for
+
+    rule = Rule(length=16, at_once=16, segment=32)
+    for batch, tokens in ((1, 40), (2, 33), (3, 16 * 16)):
+        inputs = [t.detach() for t in bi_gla_inputs(batch, tokens, 1, 16, 16, torch.bfloat16)]
+        launch = launch_for(inputs[0], inputs[2], 'fwd', rule)
+        kernels_triton.bi_gla_forward(*inputs, launch=launch)
+    variants = {(name, kernel.hash) for name, kernel in kernels}
+    assert len(variants) == 3
