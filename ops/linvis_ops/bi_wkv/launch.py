@@ -24,6 +24,7 @@ class Rule:
         group_above: Most lanes of a sequence without groups.
         group: Lanes of a group.
         at_once: Sums of other lanes that are loaded together.
+        registers: Most registers of a thread; None: as the compiler likes.
     """
 
     length: int
@@ -34,6 +35,7 @@ class Rule:
     group_above: int = 24
     group: int = 8
     at_once: int = 4
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Launch:
         channels: Channels of a program.
         warps: Warps of a program.
         at_once: Sums of other lanes that are loaded together.
+        registers: Most registers of a thread; None: as the compiler likes.
     """
 
     length: int
@@ -57,6 +60,7 @@ class Launch:
     channels: int
     warps: int
     at_once: int = 4
+    registers: int | None = None
 
 
 # Safe on every GPU; not tuned.
@@ -105,6 +109,7 @@ def launch_for(x: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
         channels=width,
         warps=max(width // (32 * rule.per_thread), 1),
         at_once=rule.at_once,
+        registers=rule.registers,
     )
 
 
