@@ -24,7 +24,6 @@ class Rule:
         group_above: Most lanes of a sequence without groups.
         group: Lanes of a group.
         at_once: Sums of other lanes that are loaded together.
-        registers: Most registers of a thread; None: as the compiler likes.
     """
 
     length: int
@@ -35,7 +34,6 @@ class Rule:
     group_above: int = 24
     group: int = 8
     at_once: int = 4
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class Launch:
         channels: Channels of a program.
         warps: Warps of a program.
         at_once: Sums of other lanes that are loaded together.
-        registers: Most registers of a thread; None: as the compiler likes.
     """
 
     length: int
@@ -60,7 +57,6 @@ class Launch:
     channels: int
     warps: int
     at_once: int = 4
-    registers: int | None = None
 
 
 # Safe on every GPU; not tuned.
@@ -109,7 +105,6 @@ def launch_for(x: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
         channels=width,
         warps=max(width // (32 * rule.per_thread), 1),
         at_once=rule.at_once,
-        registers=rule.registers,
     )
 
 
