@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
+BACKBONES = ('vrwkv', 'vig', 'vig-h')
 STEPS = {
     'before': 'testing the untrained network',
     'train': 'training',
@@ -36,22 +37,30 @@ class Task:
     """What is run for a task.
 
     Attributes:
-        config: Path of the config from the root of the project.
+        configs: Paths of the configs from the root of the project, by backbone.
         metrics: Names in the result file to names in the table.
         tests: What the metrics are measured on, each with the options for tools/test.py that
             choose it; the predictions on the first are drawn.
         factor: From the result file's numbers to per cent.
     """
 
-    config: str
+    configs: dict[str, str]
     metrics: dict[str, str]
     tests: dict[str, tuple[str, ...]]
     factor: float = 1.0
 
 
+def configs(detail: str, necks: Sequence[str], recipe: str) -> dict[str, str]:
+    """Returns the path of a config for each backbone; necks are in the order of BACKBONES."""
+    return {
+        backbone: f'configs/quickstart/{detail}{backbone}-micro{neck}_{recipe}.py'
+        for backbone, neck in zip(BACKBONES, necks, strict=True)
+    }
+
+
 TASKS = {
     'classification': Task(
-        config='configs/quickstart/vrwkv-micro_1xb32-400i_mini-cls-96px.py',
+        configs=configs('', ('', '', ''), '1xb32-400i_mini-cls-96px'),
         metrics={'accuracy/top1': 'top-1'},
         tests={
             '97 validation crops': (),
@@ -59,13 +68,13 @@ TASKS = {
         },
     ),
     'detection': Task(
-        config='configs/quickstart/mask-rcnn_vrwkv-micro_sfp_1xb4-200i_mini-coco.py',
+        configs=configs('mask-rcnn_', ('_sfp', '_sfp', '_fpn'), '1xb4-200i_mini-coco'),
         metrics={'coco/bbox_mAP': 'box mAP', 'coco/segm_mAP': 'mask mAP'},
         tests={'its 16 training pictures': ()},
         factor=100.0,
     ),
     'segmentation': Task(
-        config='configs/quickstart/upernet_vrwkv-micro_sfp_1xb4-250i_mini-ade-256x256.py',
+        configs=configs('upernet_', ('_sfp', '_sfp', ''), '1xb4-250i_mini-ade-256x256'),
         metrics={'mIoU': 'mIoU'},
         tests={'its 28 training pictures': ()},
     ),
@@ -109,12 +118,14 @@ class Quickstart:
     """Runs the steps of the tasks and keeps what they found.
 
     Args:
+        backbone: One of BACKBONES.
         folder: Where logs, checkpoints, pictures and the summary go.
         device: 'auto', 'cpu' or 'cuda', passed on.
         jobs: How many tasks run at the same time.
     """
 
-    def __init__(self, folder: Path, device: str, jobs: int) -> None:
+    def __init__(self, backbone: str, folder: Path, device: str, jobs: int) -> None:
+        self.backbone = backbone
         self.folder = folder
         self.device = device
         self.jobs = jobs
@@ -159,11 +170,14 @@ class Quickstart:
                 write_json(folder / 'state.json', state)
         return self._rows(name, state['seconds'] / 60)
 
+    def _config(self, name: str) -> str:
+        return TASKS[name].configs[self.backbone]
+
     def _load_state(self, name: str) -> dict:
         """Returns what earlier runs did; they count as long as the configs are the same."""
         folder = self.folder / name
         file = folder / 'state.json'
-        digest = hashlib.sha256((ROOT / TASKS[name].config).read_bytes()).hexdigest()
+        digest = digest_of(ROOT / self._config(name))
         if file.is_file():
             state = json.loads(file.read_text())
             if state['config'] == digest:
@@ -176,7 +190,7 @@ class Quickstart:
 
     def _commands(self, name: str, step: str) -> list[list[str]]:
         """Returns the command lines of a step, without the interpreter."""
-        folder, config = self.folder / name, TASKS[name].config
+        folder, config = self.folder / name, self._config(name)
         train_dir = folder / name  # the name is the title of the curves
         if step == 'curves':
             out = str(folder / 'curves.png')
@@ -248,13 +262,19 @@ class Quickstart:
                     'untrained': before[key] * task.factor,
                     'trained': after[key] * task.factor,
                     'minutes': minutes,
-                    'config': task.config,
+                    'config': self._config(name),
                     'curves': str(folder / 'curves.png'),
                     'predictions': str(folder / 'predictions'),
                 }
                 for key, label in task.metrics.items()
             ]
         return rows
+
+
+def digest_of(config: Path) -> str:
+    """Returns what changes with a config or with the recipes beside it that it builds on."""
+    files = [config, *sorted((config.parent / '_base_').glob('*.py'))]
+    return hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
 
 
 def progress(line: str, metrics: Iterable[str]) -> str | None:
@@ -323,12 +343,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar='TASK',
         help=f'any of {", ".join(TASKS)} (default: all)',
     )
+    parser.add_argument(
+        '--backbone',
+        choices=BACKBONES,
+        default=BACKBONES[0],
+        help=f'family of the network (default: {BACKBONES[0]})',
+    )
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     parser.add_argument(
         '--work-dir',
         type=Path,
         default=ROOT / 'work_dirs' / 'quickstart',
-        help='folder of logs, checkpoints, pictures and the summary',
+        help='logs, checkpoints, pictures and the summary go to a folder in it, one a backbone',
     )
     parser.add_argument(
         '--jobs', type=int, help='tasks run at the same time (default: all beside a GPU, else 1)'
@@ -337,11 +363,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--fresh', action='store_true', help='start anew instead of using what earlier runs did'
     )
     args = parser.parse_args(argv)
-    folder = args.work_dir.resolve()
+    folder = args.work_dir.resolve() / args.backbone
     if args.jobs is not None and args.jobs < 1:
         parser.error(f'--jobs must be at least 1, not {args.jobs}')
     jobs = args.jobs or jobs_for(args.device, len(args.tasks))
-    quickstart = Quickstart(folder, args.device, jobs)
+    quickstart = Quickstart(args.backbone, folder, args.device, jobs)
     try:
         for name in args.tasks:
             if args.fresh and (folder / name).exists():

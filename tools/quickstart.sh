@@ -3,7 +3,8 @@
 #
 #   bash tools/quickstart.sh [OPTIONS OF tools/quickstart.py]
 #
-# Makes .venv (see tools/environment.sh), then trains and tests VRWKV for classification, Mask R-CNN and UperNet.
+# Makes .venv (see tools/environment.sh), then trains and tests a backbone (--backbone, VRWKV by default) for
+# classification, with Mask R-CNN and with UperNet.
 # A second run reuses what is there; --fresh trains anew.
 set -euo pipefail
 # shellcheck source=tools/environment.sh

@@ -73,9 +73,10 @@ def make_checkout(root: Path, module) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(TOOL)
     for task in module.TASKS.values():
-        path = root / task.config
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('model = {}\n')
+        for config in task.configs.values():
+            path = root / config
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('model = {}\n')
     return root
 
 
@@ -97,7 +98,7 @@ def test_steps_are_run_in_order_and_the_table_has_both_scores(quickstart, tmp_pa
     work_dir = tmp_path / 'out'
     assert run(quickstart, work_dir) == 0
     before, train, after, curves = calls(quickstart)
-    folder = work_dir / 'segmentation'
+    folder = work_dir / 'vrwkv' / 'segmentation'
     assert before[0] == after[0] == 'test.py'
     assert before[2] == 'none'
     assert train[0] == 'train.py'
@@ -107,7 +108,7 @@ def test_steps_are_run_in_order_and_the_table_has_both_scores(quickstart, tmp_pa
     assert after[after.index('--show-dir') + 1] == str(folder / 'predictions')
     assert curves[0] == 'plot_curves.py'
     assert all(call[call.index('--device') + 1] == 'cpu' for call in (before, train, after))
-    (row,) = json.loads((work_dir / 'summary.json').read_text())['rows']
+    (row,) = json.loads((work_dir / 'vrwkv' / 'summary.json').read_text())['rows']
     assert (row['task'], row['untrained'], row['trained']) == ('segmentation', 1, 51.25)
     printed = capsys.readouterr().out
     assert 'Iter(train) [ 50/600]  eta 0:01:00  loss 2.5' in printed
@@ -120,7 +121,7 @@ def test_tasks_run_at_the_same_time(quickstart, tmp_path, capsys):
     assert quickstart.main(['--device', 'cpu', '--jobs', '3', '--work-dir', str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert '    detection: Iter(train) [ 50/600]  eta 0:01:00' in printed
-    rows = json.loads((tmp_path / 'summary.json').read_text())['rows']
+    rows = json.loads((tmp_path / 'vrwkv' / 'summary.json').read_text())['rows']
     assert [row['task'] for row in rows] == [
         *('classification', 'classification', 'detection', 'detection', 'segmentation')
     ]
@@ -130,7 +131,7 @@ def test_a_failure_keeps_the_next_task_from_beginning(quickstart, tmp_path, caps
     (quickstart.ROOT / 'broken').touch()
     assert quickstart.main(['--device', 'cpu', '--jobs', '1', '--work-dir', str(tmp_path)]) == 1
     assert 'classification: training failed' in capsys.readouterr().err
-    assert not (tmp_path / 'segmentation').exists()
+    assert not (tmp_path / 'vrwkv' / 'segmentation').exists()
 
 
 @pytest.mark.parametrize(
@@ -153,18 +154,18 @@ def test_summary_keeps_the_rows_of_other_tasks(quickstart, tmp_path):
     for task in ('segmentation', 'detection'):
         options = ['--tasks', task, '--device', 'cpu', '--work-dir', str(tmp_path)]
         assert quickstart.main(options) == 0
-    rows = json.loads((tmp_path / 'summary.json').read_text())['rows']
+    rows = json.loads((tmp_path / 'vrwkv' / 'summary.json').read_text())['rows']
     assert [row['task'] for row in rows] == ['detection', 'detection', 'segmentation']
 
 
 def test_second_run_repeats_nothing_and_prints_the_same_table(quickstart, tmp_path, capsys):
     run(quickstart, tmp_path)
-    first = json.loads((tmp_path / 'summary.json').read_text())
+    first = json.loads((tmp_path / 'vrwkv' / 'summary.json').read_text())
     calls(quickstart)
     capsys.readouterr()
     assert run(quickstart, tmp_path) == 0
     assert calls(quickstart) == []
-    assert json.loads((tmp_path / 'summary.json').read_text()) == first
+    assert json.loads((tmp_path / 'vrwkv' / 'summary.json').read_text()) == first
     assert '51.2' in capsys.readouterr().out
 
 
@@ -173,18 +174,32 @@ def test_fresh_run_and_changed_config_start_anew(quickstart, tmp_path, capsys):
     calls(quickstart)
     assert run(quickstart, tmp_path, '--fresh') == 0
     assert len(calls(quickstart)) == 4
-    (quickstart.ROOT / quickstart.TASKS['segmentation'].config).write_text('model = None\n')
-    capsys.readouterr()
-    assert run(quickstart, tmp_path) == 0
-    assert len(calls(quickstart)) == 4
-    assert 'The config of segmentation has changed' in capsys.readouterr().out
+    config = quickstart.ROOT / quickstart.TASKS['segmentation'].configs['vrwkv']
+    base = config.parent / '_base_' / 'recipe.py'
+    base.parent.mkdir()
+    for file in (config, base):
+        file.write_text('model = None\n')
+        capsys.readouterr()
+        assert run(quickstart, tmp_path) == 0
+        assert len(calls(quickstart)) == 4
+        assert 'The config of segmentation has changed' in capsys.readouterr().out
+
+
+def test_backbones_have_folders_of_their_own(quickstart, tmp_path):
+    run(quickstart, tmp_path)
+    calls(quickstart)
+    assert run(quickstart, tmp_path, '--backbone', 'vig-h') == 0
+    configs = {call[1] for call in calls(quickstart) if call[0] != 'plot_curves.py'}
+    assert configs == {quickstart.TASKS['segmentation'].configs['vig-h']}
+    assert (tmp_path / 'vrwkv' / 'summary.json').is_file()
+    assert (tmp_path / 'vig-h' / 'summary.json').is_file()
 
 
 def test_failed_step_is_named_with_its_log_and_run_again(quickstart, tmp_path, capsys):
     broken = quickstart.ROOT / 'broken'
     broken.touch()
     assert run(quickstart, tmp_path) == 1
-    log = tmp_path / 'segmentation' / 'train.log'
+    log = tmp_path / 'vrwkv' / 'segmentation' / 'train.log'
     error = capsys.readouterr().err
     assert f'segmentation: training failed with status 1; its output is in {log}' in error
     assert error.endswith('ValueError: out of luck.\n')
@@ -197,10 +212,10 @@ def test_failed_step_is_named_with_its_log_and_run_again(quickstart, tmp_path, c
 
 def test_checkpoint_that_is_gone_is_told(quickstart, tmp_path, capsys):
     run(quickstart, tmp_path)
-    state = tmp_path / 'segmentation' / 'state.json'
+    state = tmp_path / 'vrwkv' / 'segmentation' / 'state.json'
     content = json.loads(state.read_text())
     state.write_text(json.dumps(content | {'done': ['before', 'train']}))
-    pointer = tmp_path / 'segmentation' / 'segmentation' / 'last_checkpoint'
+    pointer = tmp_path / 'vrwkv' / 'segmentation' / 'segmentation' / 'last_checkpoint'
     pointer.unlink()
     assert run(quickstart, tmp_path) == 1
     assert f'{pointer} is gone: train again with --fresh.' in capsys.readouterr().err
@@ -230,7 +245,7 @@ def test_signal_lets_the_step_end_and_the_next_run_goes_on(quickstart, project, 
     _, error = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert error == 'Stopped; the same command goes on from here.\n'
-    folder = tmp_path / 'out' / 'segmentation'
+    folder = tmp_path / 'out' / 'vrwkv' / 'segmentation'
     assert 'saving a checkpoint' in (folder / 'train.log').read_text()
     assert json.loads((folder / 'state.json').read_text())['done'] == ['before']
     (root / 'slow').unlink()
@@ -272,4 +287,5 @@ def test_progress_shows_a_few_values(quickstart, line, expected):
 
 def test_configs_of_the_tasks_exist(quickstart, project):
     for task in quickstart.TASKS.values():
-        assert (project / task.config).is_file()
+        assert list(task.configs) == list(quickstart.BACKBONES)
+        assert all((project / config).is_file() for config in task.configs.values())

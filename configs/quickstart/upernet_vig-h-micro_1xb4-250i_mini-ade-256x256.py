@@ -1,0 +1,24 @@
+"""Quickstart: UperNet with a narrow ViG-H learns the pictures of data/mini/ade, from scratch.
+
+Shows that training and testing work: it is measured on the pictures that it trains on, and the
+scores say nothing about ADE20K. Backbone: ViG-H with 32 channels in the first stage and 5 blocks;
+the heads are narrower than usual, too, to be quick on a CPU.
+Data: the 28 training pictures of data/mini/ade, 8 of the 150 classes; other pixels are ignored.
+Hardware: one GPU, or a CPU with 2 cores. Time: TIME_SEG
+Expected: EXPECTED_SEG
+Command: python tools/quickstart.py --backbone vig-h --tasks segmentation, or
+    python tools/train.py configs/quickstart/upernet_vig-h-micro_1xb4-250i_mini-ade-256x256.py
+"""
+
+_base_ = './_base_/upernet_mini-ade-256x256.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='linvis.ViGHierarchical',
+        arch=dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),
+        out_indices=(0, 1, 2, 3),
+    ),
+    decode_head=dict(in_channels=[32, 64, 128, 256]),
+    auxiliary_head=dict(in_channels=128),
+)

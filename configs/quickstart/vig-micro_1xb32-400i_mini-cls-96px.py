@@ -1,0 +1,22 @@
+"""Quickstart: a narrow ViG classifies the 6 kinds of objects in data/mini/imagenet, from scratch.
+
+Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is ViG with
+96 channels, 3 heads, 6 layers and patches of 12 pixels, to be quick on a CPU.
+Data: 203 training and 97 validation crops of data/mini/imagenet, at 96 px.
+Hardware: one GPU, or a CPU with 2 cores. Time: TIME_CLS
+Expected: EXPECTED_CLS
+Command: python tools/quickstart.py --backbone vig --tasks classification, or
+    python tools/train.py configs/quickstart/vig-micro_1xb32-400i_mini-cls-96px.py
+"""
+
+_base_ = './_base_/mini-cls-96px.py'
+
+model = dict(
+    backbone=dict(
+        type='linvis.ViG',
+        arch=dict(embed_dims=96, depth=6, num_heads=3),
+        img_size=96,
+        patch_size=12,
+    ),
+    head=dict(in_channels=96),
+)
