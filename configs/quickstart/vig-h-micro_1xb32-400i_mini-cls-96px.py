@@ -1,7 +1,7 @@
-"""Quickstart: a narrow ViG-H classifies the 6 kinds of objects in data/mini/imagenet, from scratch.
+"""Quickstart: a narrow ViG-H classifies 6 kinds of objects in data/mini/imagenet, from scratch.
 
-Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is ViG-H with
-32 channels in the first stage and 5 blocks, to be quick on a CPU.
+Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is
+ViG-H with 32 channels in the first stage and 5 blocks, to be quick on a CPU.
 Data: 203 training and 97 validation crops of data/mini/imagenet, at 96 px.
 Hardware: one GPU, or a CPU with 2 cores. Time: TIME_CLS
 Expected: EXPECTED_CLS

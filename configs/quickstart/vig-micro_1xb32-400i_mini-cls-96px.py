@@ -1,7 +1,7 @@
-"""Quickstart: a narrow ViG classifies the 6 kinds of objects in data/mini/imagenet, from scratch.
+"""Quickstart: a narrow ViG classifies 6 kinds of objects in data/mini/imagenet, from scratch.
 
-Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is ViG with
-96 channels, 3 heads, 6 layers and patches of 12 pixels, to be quick on a CPU.
+Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is
+ViG with 96 channels, 3 heads, 6 layers and patches of 12 pixels, to be quick on a CPU.
 Data: 203 training and 97 validation crops of data/mini/imagenet, at 96 px.
 Hardware: one GPU, or a CPU with 2 cores. Time: TIME_CLS
 Expected: EXPECTED_CLS

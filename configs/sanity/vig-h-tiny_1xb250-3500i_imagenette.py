@@ -11,6 +11,8 @@ Expected: at least 75 % top-1 on the validation pictures; not measured yet.
 _base_ = './_base_/imagenette.py'
 
 model = dict(
-    backbone=dict(type='linvis.ViGHierarchical', arch='tiny', out_type='avg_featmap', drop_path_rate=0.1),
+    backbone=dict(
+        type='linvis.ViGHierarchical', arch='tiny', out_type='avg_featmap', drop_path_rate=0.1
+    ),
     head=dict(in_channels=768),
 )
