@@ -6,6 +6,7 @@ of the token grid; H heads, K and V widths of keys and values.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from benchmarks.passes import Function, Shape
 from benchmarks.rivals import COPY, FLA_RWKV4_TWICE, SDPA, Rival
 from linvis_ops import testing
 
+ROOT = Path(__file__).resolve().parents[2]
 Inputs = tuple[Tensor, ...]
 Traffic = Callable[[Shape, int], tuple[int, int]]
 
@@ -74,9 +76,10 @@ class Operator:
         """Names of our implementations, the preferred one first and the definition last."""
         return tuple(linvis_ops.available_backends(self.name))
 
-    def test_file(self) -> str:
+    def test_files(self) -> tuple[str, ...]:
         """The tests that have to pass first, relative to the top of the checkout."""
-        return f'tests/ops/test_{self.name}.py'
+        files = (f'tests/ops/test_{self.name}{kind}.py' for kind in ('', '_cuda', '_gpu'))
+        return tuple(file for file in files if (ROOT / file).is_file())
 
 
 def tokens(shape: Shape) -> int:

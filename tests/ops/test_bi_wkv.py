@@ -250,24 +250,6 @@ def test_non_contiguous_inputs(backend, device):
     torch.testing.assert_close(dk, expected_dk, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('channels', [1, 3, 32, 100, 192, 768])
-@pytest.mark.parametrize('tokens', [31, 63, 64, 65, 196, 197, 576, 1024])
-@pytest.mark.parametrize('backend', ON_GPU)
-def test_gpu_matches_float64_at_sizes_of_networks(backend, tokens, channels):
-    check = bi_wkv_inputs(2, tokens, channels, torch.bfloat16, 'cuda')
-    exact = [
-        t.detach().double().requires_grad_() for t in check
-    ]  # chunked in float64: equal by the tests above
-    y64 = bi_wkv(*exact, backend='torch')
-    y = bi_wkv(*check, backend=backend)
-    assert_matches('y', y, y64, None, torch.bfloat16)
-    gy = torch.randn_like(y)
-    for name, a, e in zip(
-        NAMES, gradients(y, check, gy), gradients(y64, exact, gy.double()), strict=True
-    ):
-        assert_matches(name, a, e, None, torch.bfloat16)
-
-
 TRITON_DEVICES = [param for param in BACKENDS if param.values[0] == 'triton']
 
 
@@ -403,23 +385,6 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         bi_wkv(w, u, k, v).sum().backward()
     assert counter.get_total_flops() == (13 + 39) * 2 * 10 * 4
-
-
-@pytest.mark.parametrize('backend', ON_GPU)
-def test_runs_in_a_cuda_graph_and_on_a_side_stream(backend):
-    inputs = [t.detach() for t in bi_wkv_inputs(2, 50, 32, device='cuda')]
-    expected = bi_wkv(*inputs, backend=backend)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        on_side = bi_wkv(*inputs, backend=backend)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = bi_wkv(*inputs, backend=backend)
-    graph.replay()
-    assert torch.equal(on_side, expected)
-    assert torch.equal(captured, expected)
 
 
 # Bad input

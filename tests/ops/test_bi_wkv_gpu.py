@@ -1,0 +1,133 @@
+"""Bi-WKV on GPUs: sizes of networks, huge tensors, graphs, streams, devices, compilation."""
+
+import pytest
+import torch
+
+from linvis_ops import bi_wkv
+from linvis_ops.bi_wkv.cuda import extension_error
+from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
+
+NAMES = ('dw', 'du', 'dk', 'dv')
+GIB = 2**30
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.parametrize(
+        'backend',
+        [
+            'triton',
+            pytest.param(
+                'cuda',
+                marks=pytest.mark.skipif(
+                    extension_error() is not None, reason=str(extension_error())
+                ),
+            ),
+        ],
+    ),
+]
+LENGTHS = [31, 63, 64, 65, 196, 197, 576, 1024]
+WIDTHS = [1, 3, 32, 100, 192, 768]
+FURTHER = [
+    *((tokens, 192) for tokens in (1, 2, 32, 33, 1000, 4096, 4200, 16384)),
+    *((tokens, 1024) for tokens in (196, 4096)),
+    (64, 384),
+    (4096, 384),
+]
+
+
+def detached(*sizes, dtype=torch.float32, device='cuda'):
+    return [t.detach() for t in bi_wkv_inputs(*sizes, dtype, device)]
+
+
+@pytest.mark.parametrize(
+    ('tokens', 'channels'), [*((t, c) for t in LENGTHS for c in WIDTHS), *FURTHER]
+)
+def test_sizes_of_networks_match_float64(backend, tokens, channels):
+    inputs = bi_wkv_inputs(2, tokens, channels, torch.bfloat16, 'cuda')
+    # in float64 the chunked form equals the definition, by tests of its own
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y64 = bi_wkv(*exact, backend='torch')
+    y = bi_wkv(*inputs, backend=backend)
+    assert_matches('y', y, y64, None, torch.bfloat16)
+    gy = torch.randn_like(y)
+    for name, a, e in zip(
+        NAMES, gradients(y, inputs, gy), gradients(y64, exact, gy.double()), strict=True
+    ):
+        assert_matches(name, a, e, None, torch.bfloat16)
+
+
+def test_more_elements_than_32_bits_can_count(backend):
+    free, _ = torch.cuda.mem_get_info()
+    if free < 60 * GIB:
+        pytest.skip(f'needs 60 GiB of GPU memory, {free / GIB:.0f} are free')
+    w, u, k, v = detached(1, 2**18, 8200, dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    given = [t.requires_grad_() for t in (w, u, k, v)]
+    # a few channels by themselves, in a tensor that is small
+    last = [t[..., -8:].detach().clone().requires_grad_() for t in given]
+    y, expected = bi_wkv(*given, backend=backend), bi_wkv(*last, backend=backend)
+    torch.testing.assert_close(y[..., -8:], expected, rtol=1e-2, atol=1e-3)
+    gy = torch.randn_like(expected)
+    g = torch.zeros_like(y)
+    g[..., -8:] = gy
+    for a, e in zip(gradients(y, given, g), gradients(expected, last, gy), strict=True):
+        bound = 1e-2 * e.abs().max().item()
+        torch.testing.assert_close(a[..., -8:], e, rtol=1e-2, atol=bound)
+
+
+def test_in_a_cuda_graph_and_on_a_side_stream(backend):
+    inputs = bi_wkv_inputs(2, 50, 32, device='cuda')
+    gy = torch.ones_like(inputs[3])
+
+    def both_passes():
+        y = bi_wkv(*inputs, backend=backend)
+        return y.detach(), *gradients(y, inputs, gy)
+
+    expected = both_passes()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = both_passes()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_passes()
+    graph.replay()
+    for a, b, e in zip(on_side, captured, expected, strict=True):
+        assert torch.equal(a, e)
+        assert torch.equal(b, e)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_on_the_second_gpu_while_the_first_is_the_current_one(backend):
+    there = [t.requires_grad_() for t in detached(2, 300, 64, device='cuda:1')]
+    here = [t.detach().to('cuda:0').requires_grad_() for t in there]
+    assert torch.cuda.current_device() == 0
+    results = []
+    for inputs in (there, here):
+        y = bi_wkv(*inputs, backend=backend)
+        assert y.device == inputs[3].device
+        results.append((y, *gradients(y, inputs, torch.ones_like(y))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_compiles_without_recompiling_for_a_new_size(backend):
+    function = torch.compile(
+        lambda w, u, k, v: bi_wkv(w, u, k, v, backend=backend) * 2, fullgraph=True, dynamic=True
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, tokens in ((2, 10), (3, 300), (4, 33)):
+            inputs = bi_wkv_inputs(batch, tokens, 32, device='cuda')
+            y = function(*inputs)
+            torch.testing.assert_close(y, 2 * bi_wkv(*inputs, backend=backend))
+            y.sum().backward()
+            assert inputs[0].grad is not None
+
+
+def test_autocast_does_not_touch_the_arithmetic(backend):
+    inputs = detached(2, 20, 32)
+    expected = bi_wkv(*inputs, backend=backend)
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        y = bi_wkv(*inputs, backend=backend)
+    assert torch.equal(y, expected)
