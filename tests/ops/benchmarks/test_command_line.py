@@ -150,7 +150,9 @@ def test_red_tests_stop_the_measurement(with_gpu, monkeypatch, capsys):
     monkeypatch.setattr(verify, 'passed', lambda files: tested.append(files))  # None: not passed
     monkeypatch.setattr(run, 'main', lambda *_: pytest.fail('measured'))
     assert verify.main(['--op', 'bi_wkv', 'q_shift']) == 1
-    assert tested == [['tests/ops/test_bi_wkv.py', 'tests/ops/test_q_shift.py']]
+    kinds = ('', '_cuda', '_gpu')
+    files = [*(f'tests/ops/test_bi_wkv{kind}.py' for kind in kinds), 'tests/ops/test_q_shift.py']
+    assert tested == [files]
     assert 'Nothing is measured' in capsys.readouterr().err
 
 
