@@ -77,9 +77,20 @@ struct Sums {
   float value = NOTHING, distance = 0.0f, s0 = 0.0f, s1 = 0.0f;
 };
 
+// The smaller of both, NaN if x is: fminf would hide it.
+LINVIS_INLINE float at_most(float x, float most) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(most));
+  return y;
+#else
+  return x > most ? most : x;
+#endif
+}
+
 // exp(log weight of a - that of b), for b that is not much smaller; w2 = w log2(e).
 LINVIS_INLINE float ratio(float w2, float value, float distance, float b_value, float b_distance) {
-  return exp2_of(fminf((value - b_value) * LOG2E - w2 * (distance - b_distance), 120.0f));
+  return exp2_of(at_most((value - b_value) * LOG2E - w2 * (distance - b_distance), 120.0f));
 }
 
 LINVIS_INLINE bool exceeds(float w2, const Sums& a, const Sums& b) {

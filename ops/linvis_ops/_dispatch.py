@@ -28,12 +28,15 @@ class Backend:
             returns None if the backend can run them, else a clause that says why not.
         forward: Implementation of the forward operator.
         backward: Implementation of the backward operator.
+        leads_forward: Takes the input tensors of a forward pass; whether 'auto' then takes this
+            backend, if it can run, before those that are preferred to it. None: never.
     """
 
     name: str
     unavailable: Callable[..., str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    leads_forward: Callable[..., bool] | None = None
 
 
 _BACKENDS: dict[str, tuple[Backend, ...]] = {}
@@ -101,6 +104,8 @@ def requested_backend(op: str, name: str) -> str:
 def default_backend(op: str) -> str:
     """The backend that 'auto' stands for on this machine, whatever the tensors.
 
+    For some of them another backend may lead the forward pass.
+
     Raises:
         BackendUnavailableError: If LINVIS_OPS_BACKEND names one that no operator has, or that
             this operator has and that cannot run here.
@@ -119,13 +124,14 @@ def _say_once(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-def select(op: str, name: str, *tensors: Tensor) -> Backend:
+def select(op: str, name: str, *tensors: Tensor, forward: bool = False) -> Backend:
     """Choose the backend that runs these tensors.
 
     Args:
         op: Name of the operator.
         name: 'auto' for the first of the list that can run, or a backend's name.
         tensors: Input tensors of the operator.
+        forward: Whether it is a forward pass, which a backend may lead.
 
     Returns:
         The backend. A skipped backend is logged once: as a warning for tensors on a GPU, else at
@@ -135,6 +141,11 @@ def select(op: str, name: str, *tensors: Tensor) -> Backend:
         BackendUnavailableError: If the named backend cannot run these tensors; the message says
             why.
     """
+    if forward and name == 'auto':
+        for backend in _BACKENDS[op]:
+            leads = backend.leads_forward
+            if leads and leads(*tensors) and backend.unavailable(*tensors) is None:
+                return backend
     skipped: list[str] = []
     for backend in _BACKENDS[op]:
         if name not in ('auto', backend.name):

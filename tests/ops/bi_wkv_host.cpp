@@ -2,10 +2,12 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "bi_wkv_division.h"
+#include "bi_wkv_stream_pairs.h"
 
 namespace bi_wkv = linvis::bi_wkv;
 using bi_wkv::Args;
@@ -101,4 +103,76 @@ extern "C" void bi_wkv_run(int dtype, int backward, int paired, int rows, void**
   if (dtype == 0) run_pass<float>(args, backward != 0, shape[0]);
   if (dtype == 1) run_pass<c10::Half>(args, backward != 0, shape[0]);
   if (dtype == 2) run_pass<c10::BFloat16>(args, backward != 0, shape[0]);
+}
+
+namespace stream = bi_wkv::stream;
+
+// Of the kernel for short sequences and of the one for long ones: tokens of a row, of a segment,
+// bytes of shared memory.
+extern "C" void bi_wkv_stream_shapes(int* out) {
+  const auto put = [&out](auto shape) {
+    using Shape = decltype(shape);
+    for (const int n : {Shape::LENGTH, Shape::TOKENS, Shape::BYTES}) *out++ = n;
+  };
+  put(stream::Short{});
+  put(stream::Long<2>{});
+  put(stream::Long<3>{});
+}
+
+// Batch, tile and segment of the items of one of several thread blocks; returns their number.
+extern "C" int bi_wkv_stream_items(int batch, int tiles, int segments, int block, int blocks,
+                                   int* out) {
+  stream::Args args{};
+  args.tiles = tiles;
+  args.segments = segments;
+  args.items = batch * tiles * segments;
+  const stream::Items items(args, block, blocks);
+  auto p = items.place(block);
+  for (int i = 0; i < items.count; ++i, items.advance(p)) {
+    for (const int n : {p.batch, p.tile, p.segment}) *out++ = n;
+  }
+  return items.count;
+}
+
+namespace {
+
+template <class Shape>
+void mend(const stream::Args& args, int batch) {
+  using Row = stream::PairRow<float, Shape>;
+  float* y = static_cast<float*>(args.y);
+  for (int item = 0; item < batch * args.tiles * args.segments; ++item) {
+    const auto p = stream::Items(args, 0, 1).place(item);
+    std::vector<float> table(Row::FLOATS, std::numeric_limits<float>::quiet_NaN());
+    const int first = p.tile * stream::WIDTH;
+    const int width = std::min(stream::WIDTH, args.channels - first);
+    for (int n = 0; n < Shape::ROWS * width; ++n)
+      Row(args, p, n / width, n % width).add_up(table.data());
+    for (int n = 0; n < Shape::ROWS * width; ++n) {
+      const Row row(args, p, n / width, n % width);
+      if (row.first == row.last) continue;
+      const int64_t at = (int64_t(p.batch) * args.tokens + row.first) * args.channels + first;
+      row.write(table.data(), y + at + n % width, args.channels);
+    }
+  }
+}
+
+}  // namespace
+
+// pointers: w, u, k, v, y; strides: batch and token of k, v; shape: B, T, C. Every row is marked.
+extern "C" void bi_wkv_stream_pairs(int is_long, void** pointers, const int64_t* strides,
+                                    const int64_t* shape) {
+  stream::Args args{};
+  args.w = static_cast<const float*>(pointers[0]);
+  args.u = static_cast<const float*>(pointers[1]);
+  args.k = pointers[2];
+  args.v = pointers[3];
+  args.y = pointers[4];
+  args.k_batch = strides[0], args.k_token = strides[1];
+  args.v_batch = strides[2], args.v_token = strides[3];
+  args.tokens = int(shape[1]);
+  args.channels = int(shape[2]);
+  const int tokens = is_long ? stream::Long<2>::TOKENS : stream::Short::TOKENS;
+  args.segments = (args.tokens + tokens - 1) / tokens;
+  args.tiles = (args.channels + stream::WIDTH - 1) / stream::WIDTH;
+  (is_long ? mend<stream::Long<2>> : mend<stream::Short>)(args, int(shape[0]));
 }

@@ -149,6 +149,150 @@ def test_strides(host):
         assert torch.equal(a, e)
 
 
+# The streaming kernel
+
+
+def test_shapes_of_the_streaming_kernel(host):
+    shapes = (ctypes.c_int * 9)()
+    host.bi_wkv_stream_shapes(shapes)
+    (row, tokens, _), (_, long, two), (_, _, three) = zip(*[iter(shapes)] * 3, strict=True)
+    assert (row, tokens, long) == (14, 196, cuda.SEGMENT)
+    # two thread blocks on an H100 and on an A100, one on a GPU with 99 KiB for a thread block
+    assert 2 * (three + 1024) <= 228 * 1024
+    assert 2 * (two + 1024) <= 164 * 1024
+    assert two <= 99 * 1024
+
+
+@pytest.mark.parametrize('blocks', [1, 4, 7, 264])
+@pytest.mark.parametrize('division', [(128, 6, 1), (2, 3, 5), (1, 7, 4), (3, 1, 4)])
+def test_items_of_the_streaming_kernel_are_each_done_once_and_in_step(host, division, blocks):
+    batch, tiles, segments = division
+    items = batch * tiles * segments
+    blocks = min(blocks, items)
+    turns = {}
+    for block in range(blocks):
+        out = (ctypes.c_int * (3 * items))()
+        count = host.bi_wkv_stream_items(batch, tiles, segments, block, blocks, out)
+        for turn in range(count):
+            place = tuple(out[3 * turn : 3 * turn + 3])
+            assert place not in turns
+            turns[place] = turn
+    assert len(turns) == items
+    assert all(0 <= n < bound for place in turns for n, bound in zip(place, division, strict=True))
+    if segments > blocks:
+        return
+    # a thread block sums up its next item before it waits for the segments of this one
+    for b in range(batch):
+        for tile in range(tiles):
+            at = [turns[b, tile, n] for n in range(segments)]
+            assert max(at) - min(at) <= 1
+
+
+def by_pairs(host, w, u, k, v):
+    y = torch.empty(v.shape)
+    host.bi_wkv_stream_pairs(
+        int(v.shape[1] > 196), pointers(w, u, k, v, y, None, None, None),
+        (ctypes.c_int64 * 4)(*k.stride()[:2], *v.stride()[:2]), (ctypes.c_int64 * 3)(*v.shape),
+    )  # fmt: skip
+    return y
+
+
+@pytest.mark.parametrize('decay', [None, 1.0, 30.0])
+@pytest.mark.parametrize('keys', ['normal', 'wide', 'equal', 'none'])
+@pytest.mark.parametrize('tokens', [1, 14, 15, 196, 197, 256, 257, 600])
+def test_outputs_by_pairs_are_right_for_any_inputs(host, tokens, keys, decay):
+    w, u, k, v = (t.detach() for t in bi_wkv_inputs(1, tokens, 3, decay=decay))
+    if keys == 'wide':
+        k.uniform_(-200, 200)
+    elif keys == 'equal':
+        k.fill_(-300.0)
+    elif keys == 'none':
+        k[:, 1:] = -torch.inf
+    inputs = (w, u, k, v)
+    expected = bi_wkv_quadratic(*(t.double() for t in inputs))
+    assert_matches('y', by_pairs(host, *inputs), expected, bi_wkv_quadratic(*inputs), torch.float32)
+
+
+def test_outputs_by_pairs_of_several_sequences_and_tiles(host):
+    w, u, _, v = (t.detach() for t in bi_wkv_inputs(2, 300, 40))
+    k = torch.randn(2, 300, 120)[..., 40:80]
+    expected = bi_wkv_quadratic(*(t.double() for t in (w, u, k, v)))
+    assert_matches('y', by_pairs(host, w, u, k, v), expected, None, torch.float32)
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_outputs_by_pairs_hide_no_key_that_is_not_a_number(host, value):
+    w, u, k, v = (t.detach() for t in bi_wkv_inputs(1, 300, 2))
+    k[0, 7, 1] = value
+    y = by_pairs(host, w, u, k, v)
+    assert y[..., 0].isfinite().all()
+    assert y[..., 1].isnan().all()
+
+
+def tokens_on_gpu(batch, tokens, channels, dtype=torch.bfloat16, strides=None, offset=0):
+    """As much of a tensor on a GPU as the choice of a kernel looks at."""
+    strides = strides or (tokens * channels, channels, 1)
+    return SimpleNamespace(
+        device=torch.device('cuda', 0),
+        dtype=dtype,
+        shape=torch.Size((batch, tokens, channels)),
+        stride=lambda i: strides[i],
+        data_ptr=lambda: 4096 + offset,
+    )
+
+
+@pytest.mark.parametrize(
+    ('taken', 'arguments'),
+    [
+        (True, {}),
+        (True, {'dtype': torch.float16}),
+        (True, {'tokens': cuda.LEAST_TOKENS}),
+        (False, {'tokens': cuda.LEAST_TOKENS - 1}),
+        (True, {'tokens': cuda.MOST_TOKENS}),
+        (False, {'tokens': cuda.MOST_TOKENS + 1}),
+        (False, {'dtype': torch.float32}),
+        (False, {'channels': 12}),
+        (True, {'strides': (196 * 64, 64, 1)}),
+        (False, {'strides': (196 * 36, 36, 1)}),
+        (False, {'strides': (196 * 32, 1, 196)}),
+        (False, {'offset': 8}),
+    ],
+    ids=str,
+)
+def test_where_the_streaming_kernel_is_used(monkeypatch, taken, arguments):
+    monkeypatch.setattr(cuda, 'rules_of', lambda _device: (None, 132))
+    default = {'batch': 2, 'tokens': 196, 'channels': 32}
+    good, given = tokens_on_gpu(**default), tokens_on_gpu(**{**default, **arguments})
+    assert cuda.streams(good, good)
+    assert cuda.streams(given, given) is taken
+    if 'dtype' not in arguments and 'tokens' not in arguments:
+        assert cuda.streams(given, good) is taken
+        assert cuda.streams(good, given) is taken
+
+
+def test_segments_that_cannot_all_be_at_work_are_left_to_another_kernel(monkeypatch):
+    monkeypatch.setattr(cuda, 'rules_of', lambda _device: (None, 20))
+    at_work, too_many = (tokens_on_gpu(1, 256 * n, 32) for n in (20, 21))
+    assert cuda.streams(at_work, at_work)
+    assert not cuda.streams(too_many, too_many)
+
+
+def test_the_streaming_kernel_is_not_for_tensors_on_a_cpu():
+    _, _, k, v = bi_wkv_inputs(1, 196, 32, torch.bfloat16)
+    assert not cuda.streams(k, v)
+
+
+@pytest.mark.parametrize('taken', [True, False])
+def test_the_forward_pass_runs_the_kernel_that_takes_it(monkeypatch, taken):
+    operators = SimpleNamespace(
+        bi_wkv_stream_fwd=lambda *_: 'streaming', bi_wkv_fwd=lambda *_: 'other'
+    )
+    fake = SimpleNamespace(ops=SimpleNamespace(linvis_cuda=operators))
+    monkeypatch.setattr(cuda, 'torch', fake)
+    monkeypatch.setattr(cuda, 'streams', lambda _k, _v: taken)
+    assert cuda.bi_wkv_forward(1, 2, 3, 4) == ('streaming' if taken else 'other')
+
+
 # Availability
 
 
@@ -192,3 +336,8 @@ def test_inputs_that_the_extension_cannot_take(importing, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     assert cuda.cuda_unavailable() is None
     assert cuda.cuda_unavailable(torch.zeros(1)) == 'the inputs are on cpu'
+    on_gpu = tokens_on_gpu(1, 4, 8)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _device: (7, 5))
+    assert 'compute capability 8.0' in cuda.cuda_unavailable(on_gpu, on_gpu)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _device: (8, 0))
+    assert cuda.cuda_unavailable(on_gpu, on_gpu) is None

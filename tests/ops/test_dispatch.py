@@ -54,6 +54,61 @@ def test_a_named_backend_that_cannot_run_says_why(toy):
         _dispatch.select('toy', 'never', torch.zeros(1))
 
 
+@pytest.mark.parametrize(
+    ('unavailable', 'leads', 'forward', 'expected'),
+    [
+        (None, True, True, 'leader'),
+        (None, False, True, 'first'),
+        (None, True, False, 'first'),
+        ('it is a toy', True, True, 'first'),
+    ],
+)
+def test_a_backend_may_lead_forward_passes(toy, caplog, unavailable, leads, forward, expected):
+    seen = []
+
+    def leads_forward(*tensors):
+        seen.append(tensors)
+        return leads
+
+    leader = _dispatch.Backend(
+        'leader', lambda *_: unavailable, lambda: 3, lambda: 3, leads_forward=leads_forward
+    )
+    _dispatch.register_backends('led', [*_dispatch._BACKENDS['toy'][1:], leader])
+    x = torch.zeros(1)
+    with caplog.at_level(logging.DEBUG, 'linvis_ops._dispatch'):
+        assert _dispatch.select('led', 'auto', x, forward=forward).name == expected
+    assert seen == ([(x,)] if forward else [])
+    assert not caplog.records
+    # a name is a name
+    assert _dispatch.select('led', 'second', x, forward=forward).name == 'second'
+    assert _dispatch.default_backend('led') == 'first'
+
+
+@pytest.mark.parametrize('streams', [True, False])
+def test_bi_wkv_asks_for_a_leader_forward_and_not_backward(monkeypatch, streams):
+    ran = []
+
+    def backend(name, **kwargs):
+        def forward(*inputs):
+            ran.append(f'{name} forward')
+            return torch.empty_like(inputs[-1])
+
+        def backward(_gy, *inputs):
+            ran.append(f'{name} backward')
+            return tuple(torch.empty_like(x) for x in inputs)
+
+        return _dispatch.Backend(name, lambda *_: None, forward, backward, **kwargs)
+
+    backends = (backend('triton'), backend('cuda', leads_forward=lambda *_: streams))
+    monkeypatch.setitem(_dispatch._BACKENDS, 'bi_wkv', backends)
+    monkeypatch.delenv('LINVIS_OPS_BACKEND', raising=False)
+    bi_wkv(*bi_wkv_inputs(1, 4, 2)).sum().backward()
+    assert ran == ['cuda forward' if streams else 'triton forward', 'triton backward']
+    ran.clear()
+    bi_wkv(*bi_wkv_inputs(1, 4, 2), backend='cuda').sum().backward()
+    assert ran == ['cuda forward', 'cuda backward']
+
+
 def test_environment_overrides_auto_only(monkeypatch):
     inputs = bi_wkv_inputs(1, 4, 2)
     monkeypatch.setenv('LINVIS_OPS_BACKEND', 'nonsense')

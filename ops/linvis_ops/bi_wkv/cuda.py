@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 from linvis_ops._triton import dtype_unavailable
+from linvis_ops.bi_wkv.launch import rules_of
+
+# Sequences for which the streaming kernel is used; measured on an H200. README.md of this folder,
+# Implementation in CUDA.
+LEAST_TOKENS = 100
+MOST_TOKENS = 32768
+# Tokens of its segments.
+SEGMENT = 256
 
 
 @functools.cache
@@ -38,11 +46,41 @@ def cuda_unavailable(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != 'cuda':
             return f'the inputs are on {tensor.device.type}'
+    if tensors and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+        return 'its kernels need a GPU of compute capability 8.0 or newer'
     return dtype_unavailable(*tensors)
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Whether the rows of x (B, T, C), of numbers of two bytes, are made of aligned 16 bytes."""
+    steps = (x.stride(0), x.stride(1), x.shape[2])
+    return x.stride(2) == 1 and not any(n % 8 for n in steps) and x.data_ptr() % 16 == 0
+
+
+def streams(k: Tensor, v: Tensor, *_others: Tensor) -> bool:
+    """Whether the streaming kernel takes the forward pass of these tokens.
+
+    Args:
+        k: Keys (B, T, C).
+        v: Values (B, T, C).
+
+    Returns:
+        True for float16 and bfloat16 on a GPU in whole rows, of sequences for which it pays and
+        whose segments can all be at work at once.
+    """
+    if v.device.type != 'cuda' or v.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    tokens = v.shape[1]
+    if not LEAST_TOKENS <= tokens <= MOST_TOKENS or not (_is_whole(k) and _is_whole(v)):
+        return False
+    _, multiprocessors = rules_of(v.device)
+    return tokens <= SEGMENT * multiprocessors
 
 
 def bi_wkv_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Output (B, T, C), contiguous, in the dtype of v."""
+    if streams(k, v):
+        return torch.ops.linvis_cuda.bi_wkv_stream_fwd(w, u, k, v)
     return torch.ops.linvis_cuda.bi_wkv_fwd(w, u, k, v)
 
 
