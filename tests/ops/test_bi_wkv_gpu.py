@@ -27,6 +27,8 @@ pytestmark = [
 ]
 LENGTHS = [31, 63, 64, 65, 196, 197, 576, 1024]
 WIDTHS = [1, 3, 32, 100, 192, 768]
+# Gradients that are zero: of one token, which sees itself alone, and of two, whose distance is 1.
+ROUNDING = {1: ('dw', 'du', 'dk'), 2: ('dw',)}
 FURTHER = [
     *((tokens, 192) for tokens in (1, 2, 32, 33, 1000, 4096, 4200, 16384)),
     *((tokens, 1024) for tokens in (196, 4096)),
@@ -53,7 +55,10 @@ def test_sizes_of_networks_match_float64(backend, tokens, channels):
     for name, a, e in zip(
         NAMES, gradients(y, inputs, gy), gradients(y64, exact, gy.double()), strict=True
     ):
-        assert_matches(name, a, e, None, torch.bfloat16)
+        if name in ROUNDING.get(tokens, ()):
+            torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=1e-5)
+        else:
+            assert_matches(name, a, e, None, torch.bfloat16)
 
 
 def test_more_elements_than_32_bits_can_count(backend):

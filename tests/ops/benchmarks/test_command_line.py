@@ -150,7 +150,7 @@ def test_red_tests_stop_the_measurement(with_gpu, monkeypatch, capsys):
     monkeypatch.setattr(verify, 'passed', lambda files: tested.append(files))  # None: not passed
     monkeypatch.setattr(run, 'main', lambda *_: pytest.fail('measured'))
     assert verify.main(['--op', 'bi_wkv', 'q_shift']) == 1
-    kinds = ('', '_cuda', '_gpu')
+    kinds = ('', '_cuda', '_gpu', '_stream')
     files = [*(f'tests/ops/test_bi_wkv{kind}.py' for kind in kinds), 'tests/ops/test_q_shift.py']
     assert tested == [files]
     assert 'Nothing is measured' in capsys.readouterr().err
