@@ -39,8 +39,8 @@ _VIG_LINEAR = re.compile(r'.*\.(?:qkv_proj|gk_proj\.\d|g_proj|o_proj|fc1|fc2)\.w
 def to_openmmlab_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Give the weights of a known classifier the names they have in an OpenMMLab classifier.
 
-    Known are ViG, ViG-H and ViR. Weights that come without a head are taken for those of a backbone and
-    get no prefix. What is not known is returned as it is.
+    Known are ViG, ViG-H and ViR. Weights that come without a head are taken for those of a backbone
+    and get no prefix. What is not known is returned as it is.
 
     Args:
         state_dict: Weights, with or without the prefix `module.`.

@@ -11,6 +11,7 @@ from linvis.models.backbones.arch import check_backend, settings_of
 from linvis.models.backbones.backbone import OUT_TYPES
 from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.backbones.vir_stream import stream_features
+from linvis.models.layers.featmap import to_featmap
 from linvis.models.layers.layer_scale import LayerScale
 from linvis.models.layers.patch_embed import PatchEmbed
 from linvis.models.layers.position import resize_position_embedding_rows
@@ -40,12 +41,12 @@ class ViR(TokenBackbone):
 
     To the contract of `TokenBackbone` it adds:
 
-    * `out_type='cls_token'` (B, C): the class token, for classification; 'raw' has it at the end, as
-      (B, T + 1, C), while 'featmap' and 'avg_featmap' are of the patches alone.
+    * `out_type='cls_token'` (B, C): the class token, for classification; 'raw' has it at the end,
+      as (B, T + 1, C), while 'featmap' and 'avg_featmap' are of the patches alone.
     * `stream` takes a picture in bands of rows, in memory that does not grow with its height.
 
-    State dicts have the names of the authors' code. What differs from it: all forms are equal, where
-    theirs applies a softmax in the one that is trained and in no other; any size of pictures.
+    State dicts have the names of the authors' code. What differs from it: all forms are equal,
+    where theirs applies a softmax in the one that is trained and in no other; any size of pictures.
 
     Args:
         arch: Name from the table, or a dict with 'embed_dims', 'depth' and 'num_heads'.
@@ -185,9 +186,14 @@ class ViR(TokenBackbone):
     def _format(self, tokens: Tensor, hw: tuple[int, int]) -> Tensor:
         if self.out_type == 'cls_token':
             return tokens[:, -1]
-        if self.out_type == 'raw':
-            return tokens
-        return super()._format(tokens[:, :-1], hw)
+        if self.out_type == 'featmap':
+            return self.to_featmap(tokens, hw)
+        return super()._format(tokens[:, :-1] if self.out_type == 'avg_featmap' else tokens, hw)
+
+    @staticmethod
+    def to_featmap(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
+        """View the patches among tokens (B, T, C) or (B, T + 1, C) as a map (B, C, Hp, Wp)."""
+        return to_featmap(tokens[:, : hw[0] * hw[1]], hw)
 
     def _depth_of(self, name: str) -> int:
         return 0 if name == 'cls_token' else super()._depth_of(name)

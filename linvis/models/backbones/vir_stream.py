@@ -24,7 +24,7 @@ def stream_features(
         if backbone.out_type == 'raw':
             yield outputs
         elif backbone.out_type == 'featmap':
-            yield tuple(backbone.to_featmap(x[:, : hw[0] * hw[1]], hw) for x in outputs)
+            yield tuple(backbone.to_featmap(x, hw) for x in outputs)
     if run.pixels != height:
         raise ValueError(f'The bands have {run.pixels} rows of pixels in all, not {height}.')
     if backbone.out_type == 'cls_token':
@@ -85,7 +85,9 @@ class BandRun:
         """Add the rows of a band; raises ValueError unless it may follow."""
         rows, width = band.shape[-2:]
         if self._width not in (None, width):
-            raise ValueError(f'All bands must be as wide as the first one, {self._width}, got {width}.')
+            raise ValueError(
+                f'All bands must be as wide as the first one, {self._width}, got {width}.'
+            )
         self._width = width
         self.pixels += rows
         if self.pixels > self.height:
@@ -94,6 +96,6 @@ class BandRun:
             )
         if self.pixels < self.height and rows % self.backbone.patch_size:
             raise ValueError(
-                f'Bands but for the last must have a multiple of {self.backbone.patch_size} rows of '
-                f'pixels, got {rows}.'
+                'Bands but for the last must have a multiple of '
+                f'{self.backbone.patch_size} rows of pixels, got {rows}.'
             )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from linvis_ops import retention, retention_with_state
 
 DECAYS = ('1d', '2d')
+DIRECTIONS = ('causal', 'bidirectional')
 # 1 - gamma of the first and of the last head
 FASTEST, SLOWEST = 1 / 32, 1 / 512
 
@@ -48,7 +49,8 @@ class Retention(nn.Module):
         backend: Backend of the operator.
 
     Raises:
-        ValueError: If the channels cannot be divided among the heads, or there is no such decay.
+        ValueError: If the channels cannot be divided among the heads, or there is no such decay or
+            direction.
 
     Source:
         ViR: Towards Efficient Vision Retention Backbones, arXiv:2310.19731.
@@ -63,8 +65,12 @@ class Retention(nn.Module):
                 f'embed_dims must be a multiple of the heads, got {embed_dims} channels and '
                 f'{num_heads} heads.'
             )
-        if decay not in DECAYS:
-            raise ValueError(f'retention must be one of {", ".join(DECAYS)}, got {decay!r}.')
+        for name, value, known in (
+            ('retention', decay, DECAYS),
+            ('direction', direction, DIRECTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}.')
         self.num_heads = num_heads
         self.decay = decay
         self.direction = direction
