@@ -15,6 +15,7 @@ from linvis_ops.bi_wkv import bi_wkv
 from linvis_ops.ms_deform_attn import ms_deform_attn
 from linvis_ops.q_shift import q_shift
 from linvis_ops.q_shift_mix import q_shift_mix
+from linvis_ops.retention import retention, retention_with_state
 
 __all__ = [
     'BackendUnavailableError',
@@ -26,4 +27,6 @@ __all__ = [
     'operators',
     'q_shift',
     'q_shift_mix',
+    'retention',
+    'retention_with_state',
 ]

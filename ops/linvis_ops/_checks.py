@@ -48,6 +48,38 @@ def check_tokens(op: str, **tensors: Tensor) -> None:
     check_device(op, tensors.items())
 
 
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q and k are (B, T, H, K) and v (B, T, H, V), of one dtype, not empty."""
+    for name, tensor, width in (('q', q, 'K'), ('k', k, 'K'), ('v', v, 'V')):
+        if tensor.dim() != 4:
+            raise ValueError(f'{op}: {name} must be (B, T, H, {width}), got {shape_text(tensor)}.')
+        if tensor.numel() == 0:
+            raise ValueError(f'{op}: {name} must not be empty, got {shape_text(tensor)}.')
+        if tensor.dtype not in TOKEN_DTYPES:
+            raise TypeError(
+                f'{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
+            )
+        if tensor.dtype != q.dtype:
+            raise TypeError(
+                f'{op}: q and {name} must have one dtype, got {q.dtype} and {tensor.dtype}.'
+            )
+    if k.shape != q.shape:
+        raise ValueError(
+            f'{op}: q and k must have one shape, got q {shape_text(q)}, k {shape_text(k)}.'
+        )
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f'{op}: q and v must agree in (B, T, H), got q {shape_text(q)}, v {shape_text(v)}.'
+        )
+
+
+def check_scale(op: str, scale: object) -> None:
+    """Raise TypeError unless scale is a number or None."""
+    # a number that follows from sizes is a torch.SymFloat while a network is exported
+    if scale is not None and not isinstance(scale, (float, int, torch.SymFloat)):
+        raise TypeError(f'{op}: scale must be a number or None, got {type(scale).__name__}.')
+
+
 def check_channels(op: str, channels: int, dtype: torch.dtype, **tensors: Tensor) -> None:
     """Raise unless all tensors are (C,) and float32 (float64 beside float64 tokens)."""
     expected = torch.float64 if dtype == torch.float64 else torch.float32
@@ -73,14 +105,15 @@ def check_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def check_grid(op: str, tokens: int, hw: tuple[int, int]) -> None:
+def check_grid(op: str, tokens: int, hw: tuple[int, int], least_rows: int = 1) -> None:
     """Raise unless hw is (rows, columns) and the tokens fill this grid, or it and a class token."""
     # sizes are torch.SymInt, which is no int, while a network is exported
     whole = (int, torch.SymInt)
     if not isinstance(hw, (tuple, list)) or not all(isinstance(number, whole) for number in hw):
         raise TypeError(f'{op}: hw must be (rows, columns) of type int, got {hw!r}.')
-    if len(hw) != 2 or hw[0] < 1 or hw[1] < 1:
-        raise ValueError(f'{op}: hw must be (rows, columns), both at least 1, got {tuple(hw)}.')
+    if len(hw) != 2 or hw[0] < least_rows or hw[1] < 1:
+        least = 'both at least 1' if least_rows == 1 else f'at least ({least_rows}, 1)'
+        raise ValueError(f'{op}: hw must be (rows, columns), {least}, got {tuple(hw)}.')
     grid = hw[0] * hw[1]
     if tokens not in (grid, grid + 1):
         raise ValueError(

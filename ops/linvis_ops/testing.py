@@ -1,5 +1,6 @@
 """Inputs, tolerances and comparisons shared by tests and benchmarks."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -151,6 +152,43 @@ def bi_gla_inputs(
         gates = [torch.full_like(each, gate) for each in gates]
     g_fwd, g_bwd = (each.to(device, gate_dtype or dtype) for each in gates)
     return tuple(t.requires_grad_() for t in (q, k, v, g_fwd, g_bwd))  # type: ignore[return-value]
+
+
+def retention_inputs(
+    batch: int,
+    tokens: int,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = 'cpu',
+    *,
+    gamma: float | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, log_gamma as a layer gives them; all but log_gamma require gradients.
+
+    Args:
+        batch: B.
+        tokens: T.
+        heads: H.
+        key_width: K.
+        value_width: V.
+        dtype: Dtype of q, k and v.
+        device: Where the tensors are made.
+        gamma: Decay of every head; None: those of ViR, 1 - 1/32 to 1 - 1/512.
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator('cpu').manual_seed(seed)
+    side = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = (
+        torch.randn(batch, tokens, heads, width, generator=generator, dtype=side).to(device, dtype)
+        for width in (key_width, key_width, value_width)
+    )
+    far = torch.linspace(math.log(1 / 32), math.log(1 / 512), heads, dtype=torch.float64)
+    decay = 1 - far.exp() if gamma is None else torch.full_like(far, gamma)
+    tokens_first = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+    return *tokens_first, decay.log().to(device, side)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class BandRun:
     Attributes:
         pixels: Rows of pixels so far.
         patches: Patches so far.
-        sums: Their sums (B, C), one for each output, float32 or more.
+        sums: Their sums (B, C) in float32, one for each output.
     """
 
     def __init__(self, backbone: ViR, height: int) -> None:
@@ -51,7 +51,7 @@ class BandRun:
         self.height = height
         self.pixels = 0
         self.patches = 0
-        self.sums: list[Tensor | float] = [0.0 for _ in backbone.out_indices]
+        self.sums: list[Tensor] = []
         self._width: int | None = None
         self._states = [StreamState() for _ in backbone.layers]
 
@@ -77,8 +77,8 @@ class BandRun:
         outputs = tuple(by_index[index] for index in backbone.out_indices)
         patches = hw[0] * hw[1]
         self.patches += patches
-        for place, x in enumerate(outputs):
-            self.sums[place] = self.sums[place] + x[:, :patches].sum(1, dtype=torch.float32)
+        sums = [x[:, :patches].sum(1, dtype=torch.float32) for x in outputs]
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
         return outputs, hw
 
     def _count(self, band: Tensor) -> None:

@@ -53,46 +53,15 @@ def bi_gla(
         ViG (Liao et al., 2024); README.md of this folder has the derivation.
     """
     _checks.check_tensors(NAME, q=q, k=k, v=v, g_fwd=g_fwd, g_bwd=g_bwd)
-    _check_heads(q, k, v)
+    _checks.check_heads(NAME, q, k, v)
     _check_gates(q, g_fwd, g_bwd)
     _checks.check_device(NAME, [('q', q), ('k', k), ('v', v), ('g_fwd', g_fwd), ('g_bwd', g_bwd)])
-    # a number that follows from sizes is a torch.SymFloat while a network is exported
-    if scale is not None and not isinstance(scale, (float, int, torch.SymFloat)):
-        raise TypeError(f'{NAME}: scale must be a number or None, got {type(scale).__name__}.')
+    _checks.check_scale(NAME, scale)
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == _dispatch.REFERENCE:
         with without_autocast(q):
             return bi_gla_quadratic(q, k, v, g_fwd, g_bwd, scale).contiguous()
     return op.bi_gla_fwd(q, k, v, g_fwd, g_bwd, scale, backend)
-
-
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless q and k are (B, T, H, K) and v (B, T, H, V), of one dtype, not empty."""
-    for name, tensor, width in (('q', q, 'K'), ('k', k, 'K'), ('v', v, 'V')):
-        if tensor.dim() != 4:
-            raise ValueError(
-                f'{NAME}: {name} must be (B, T, H, {width}), got {_checks.shape_text(tensor)}.'
-            )
-        if tensor.numel() == 0:
-            raise ValueError(f'{NAME}: {name} must not be empty, got {_checks.shape_text(tensor)}.')
-        if tensor.dtype not in _checks.TOKEN_DTYPES:
-            raise TypeError(
-                f'{NAME}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
-            )
-        if tensor.dtype != q.dtype:
-            raise TypeError(
-                f'{NAME}: q and {name} must have one dtype, got {q.dtype} and {tensor.dtype}.'
-            )
-    if k.shape != q.shape:
-        raise ValueError(
-            f'{NAME}: q and k must have one shape, '
-            f'got q {_checks.shape_text(q)}, k {_checks.shape_text(k)}.'
-        )
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(
-            f'{NAME}: q and v must agree in (B, T, H), '
-            f'got q {_checks.shape_text(q)}, v {_checks.shape_text(v)}.'
-        )
 
 
 def _check_gates(q: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> None:
