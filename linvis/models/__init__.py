@@ -1,4 +1,4 @@
-from linvis.models.backbones import VRWKV, Backbone, TokenBackbone, ViG, ViGHierarchical
+from linvis.models.backbones import VRWKV, Backbone, TokenBackbone, ViG, ViGHierarchical, ViR
 from linvis.models.necks import SimpleFeaturePyramid
 
 __all__ = [
@@ -8,4 +8,5 @@ __all__ = [
     'TokenBackbone',
     'ViG',
     'ViGHierarchical',
+    'ViR',
 ]

@@ -19,6 +19,10 @@ HEAD = 'head.fc.'
 _VIG = re.compile(r'blocks\.\d+\.attn\.gk_proj\.')
 _VIG_HIERARCHICAL = re.compile(r'layers\.(\d+)\.blocks\.\d+\.(?:op|self_attention)\.gk_proj\.')
 
+_VIR = re.compile(r'blocks\.\d+\.retention\.qkv\.')
+# Layer scale in files of ViR's older code.
+_VIR_SCALE = re.compile(r'(blocks\.\d+)\.gamma_([12])$')
+
 # Beginnings of names in files of the hierarchical family, some of them from its older code.
 _VIG_HIERARCHICAL_NAMES = (
     (re.compile(r'patch_embed\.proj\.'), 'patch_embed.0.'),
@@ -35,8 +39,8 @@ _VIG_LINEAR = re.compile(r'.*\.(?:qkv_proj|gk_proj\.\d|g_proj|o_proj|fc1|fc2)\.w
 def to_openmmlab_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Give the weights of a known classifier the names they have in an OpenMMLab classifier.
 
-    Known are ViG and ViG-H. Weights that come without a head are taken for those of a backbone and
-    get no prefix. What is not known is returned as it is.
+    Known are ViG, ViG-H and ViR. Weights that come without a head are taken for those of a backbone
+    and get no prefix. What is not known is returned as it is.
 
     Args:
         state_dict: Weights, with or without the prefix `module.`.
@@ -48,6 +52,8 @@ def to_openmmlab_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     names = [name.removeprefix('module.') for name in state_dict]
     if any(_VIG.match(name) for name in names):
         renamed = [re.sub(r'^head\.', HEAD, name) for name in names]
+    elif any(_VIR.match(name) for name in names):
+        renamed = [_VIR_SCALE.sub(r'\1.ls\2.gamma', re.sub(r'^head\.', HEAD, n)) for n in names]
     elif any(_VIG_HIERARCHICAL.match(name) for name in names):
         renamed = _vig_hierarchical_names(names)
     else:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linvis.models import VRWKV, Backbone, TokenBackbone, ViG, ViGHierarchical
+from linvis.models import VRWKV, Backbone, TokenBackbone, ViG, ViGHierarchical, ViR
 from linvis.models.layers import resize_position_embedding
 from linvis.utils.checkpoint import CheckpointError
 from tools.analysis.complexity import measure
@@ -35,6 +35,11 @@ def vig(arch: str) -> Callable[..., TokenBackbone]:
     return lambda **kwargs: ViG(settings, **kwargs)
 
 
+def vir(retention: str, direction: str) -> Callable[..., TokenBackbone]:
+    arch = {'embed_dims': 24, 'depth': DEPTH, 'num_heads': 2}
+    return lambda **kwargs: ViR(arch, retention=retention, direction=direction, **kwargs)
+
+
 def vig_hierarchical(img_size: int = 224, **kwargs: Any) -> Backbone:
     """Three stages, so that the last one has the stride of plain backbones; any size fits."""
     arch = {'embed_dims': 8, 'depths': (1, 2, 1), 'num_heads': (1, 2, 2)}
@@ -44,6 +49,7 @@ def vig_hierarchical(img_size: int = 224, **kwargs: Any) -> Backbone:
 # Each arch with its own settings, but narrow and shallow.
 PLAIN = {f'vrwkv-{arch}': vrwkv(arch) for arch in VRWKV.archs}
 PLAIN |= {f'vig-{arch}': vig(arch) for arch in ViG.archs}
+PLAIN |= {f'vir-{r}-{d}': vir(r, d) for r in ('1d', '2d') for d in ('causal', 'bidirectional')}
 BACKBONES: dict[str, Callable[..., Any]] = {**PLAIN, 'vig-hierarchical': vig_hierarchical}
 
 # Published counts include a linear head of 1000 classes, and for large one of two layers.
@@ -73,6 +79,8 @@ PUBLISHED = {
         lambda: ViGHierarchical('base'), 88_904_360 - 1_025_000, 15.65, digits=2
     ),
 }
+
+EMBEDDINGS = ('backbone.pos_embed', 'backbone.cls_token', 'backbone.patch_embed.')
 
 backbones = pytest.mark.parametrize('build', BACKBONES.values(), ids=BACKBONES.keys())
 plain_backbones = pytest.mark.parametrize('build', PLAIN.values(), ids=PLAIN.keys())
@@ -159,10 +167,11 @@ def test_out_types_are_views_of_the_same_features(build):
     for out_type in ('featmap', 'raw', 'avg_featmap'):
         torch.manual_seed(0)
         (outputs[out_type],) = build(img_size=64, out_type=out_type)(images)
-    raw = outputs['raw']
-    assert raw.shape[:2] == (2, 6)
-    torch.testing.assert_close(outputs['featmap'][:, :, 1, 2], raw[:, 5])
-    torch.testing.assert_close(outputs['avg_featmap'], raw.mean(1))
+    with_cls_token = 'cls_token' in build(img_size=64).out_types
+    assert outputs['raw'].shape[:2] == (2, 7 if with_cls_token else 6)
+    patches = outputs['raw'][:, :6]
+    torch.testing.assert_close(outputs['featmap'][:, :, 1, 2], patches[:, 5])
+    torch.testing.assert_close(outputs['avg_featmap'], patches.mean(1))
 
 
 def test_wrong_arguments_are_refused_in_one_sentence():
@@ -186,7 +195,7 @@ def test_integer_pictures_are_refused():
 
 @backbones
 def test_gradient_reaches_every_parameter(build):
-    backbone = randomised(build(img_size=64))
+    backbone = randomised(build(img_size=64, out_type='raw'))
     unreached = [
         name
         for name, gradient in gradients(backbone, torch.randn(2, 3, 64, 80)).items()
@@ -325,7 +334,7 @@ def test_layer_depth_grows_from_the_input_to_the_output(build):
     assert [depth for depth, _ in depths.values()] == sorted(depth for depth, _ in depths.values())
     assert {depth for depth, _ in depths.values()} == set(range(blocks + 2))
     for name, (depth, _) in depths.items():
-        assert (depth == 0) == name.startswith(('backbone.pos_embed', 'backbone.patch_embed.'))
+        assert (depth == 0) == name.startswith(EMBEDDINGS)
     other = backbone.get_layer_depth('decode_head.layers.0.weight', 'backbone.')
     assert other == (blocks + 1, blocks + 2)
 

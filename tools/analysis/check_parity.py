@@ -22,7 +22,6 @@ import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linvis.models import VRWKV, ViG, ViGHierarchical
+from linvis.models import VRWKV, ViG, ViGHierarchical, ViR
 from linvis.utils.checkpoint import load_state_dict_into
 from linvis.utils.layouts import to_openmmlab_names
 
@@ -40,9 +39,10 @@ BOUND = 2e-4  # of ||ours - recorded|| / ||recorded||, in float32
 class Family(NamedTuple):
     """How the models of a family are built, and how the authors keep their weights in files."""
 
-    build: Callable[[Mapping[str, Any]], nn.Module]
+    build: Callable[[Mapping[str, Any]], nn.Module]  # from the `meta` of a case
     entry: str  # of the file
     prefix: str = ''  # of the names
+    outputs: tuple[str, ...] = ()  # names of the arrays; none: out0, out1, ..
 
 
 # Arguments that tell how to train or initialise, which a loaded model does not depend on.
@@ -182,6 +182,43 @@ def build_vig_hierarchical(kwargs: Mapping[str, Any], with_classes: bool) -> nn.
     return Classifier(backbone, backbone.out_channels[0], kwargs.get('num_classes', 1000))
 
 
+def build_vir(case: Mapping[str, Any]) -> nn.Module:
+    """ViR from the constructor arguments of the authors' class and what the case says of its form.
+
+    Raises:
+        ValueError: If an argument asks for what ViR of this project does not have.
+    """
+    kwargs = case['kwargs']
+    fixed = {'mlp_ratio': 4.0, 'qkv_bias': True, 'global_pool': 'token_last'}
+    translated = {'img_size': 'img_size', 'patch_size': 'patch_size', 'in_chans': 'in_channels'}
+    arch = {
+        'embed_dims': kwargs.get('embed_dim', 768),
+        'depth': kwargs.get('depth', 12),
+        'num_heads': kwargs.get('num_heads', 12),
+    }
+    understood = {'embed_dim', 'depth', 'num_heads', 'num_classes', 'init_values', *translated}
+    check_arguments('vir', kwargs, fixed, understood)
+    # a case may be recorded with position embeddings for the size of its picture
+    options: dict[str, Any] = {'img_size': (case['height'], case['width'])}
+    options |= {ours: kwargs[theirs] for theirs, ours in translated.items() if theirs in kwargs}
+    backbone = ViR(arch, retention=case['retention'], out_type='raw', **options)
+    return TokenClassifier(backbone, arch['embed_dims'], kwargs.get('num_classes', 1000))
+
+
+class TokenClassifier(nn.Module):
+    """Backbone of tokens, the last one for the class, and linear head."""
+
+    def __init__(self, backbone: nn.Module, channels: int, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels, classes)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens and the class scores."""
+        tokens = self.backbone(images)[0]
+        return tokens, self.head(tokens[:, -1])
+
+
 class Classifier(nn.Module):
     """Backbone of pooled features and linear head, under the names of mmpretrain's classifier."""
 
@@ -196,10 +233,11 @@ class Classifier(nn.Module):
 
 
 FAMILIES = {
-    'vrwkv': Family(build_vrwkv, 'state_dict', prefix='backbone.'),
-    'vig': Family(build_vig, 'model'),
-    'vig_h': Family(partial(build_vig_hierarchical, with_classes=True), 'model'),
-    'vig_h_backbone': Family(partial(build_vig_hierarchical, with_classes=False), 'model'),
+    'vrwkv': Family(lambda case: build_vrwkv(case['kwargs']), 'state_dict', prefix='backbone.'),
+    'vig': Family(lambda case: build_vig(case['kwargs']), 'model'),
+    'vig_h': Family(lambda case: build_vig_hierarchical(case['kwargs'], True), 'model'),
+    'vig_h_backbone': Family(lambda case: build_vig_hierarchical(case['kwargs'], False), 'model'),
+    'vir': Family(build_vir, 'state_dict', outputs=('tokens', 'logits')),
 }
 
 
@@ -258,7 +296,7 @@ def compute(meta: Mapping[str, Any], with_gradients: bool, device: str) -> dict[
             f'known are {", ".join(FAMILIES)}.'
         )
     family = FAMILIES[meta['family']]
-    model = family.build(meta['kwargs'])
+    model = family.build(meta)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'authors.pth'
         weights = {
@@ -273,7 +311,8 @@ def compute(meta: Mapping[str, Any], with_gradients: bool, device: str) -> dict[
     images = images.to(device).requires_grad_(with_gradients)
     with torch.set_grad_enabled(with_gradients):
         outputs = model(images)
-    arrays = {f'out{index}': output for index, output in enumerate(outputs)}
+    names = family.outputs or [f'out{index}' for index in range(len(outputs))]
+    arrays = dict(zip(names, outputs, strict=True))
     if with_gradients:
         ramps = [torch.linspace(-1, 1, output.numel(), device=device) for output in outputs]
         loss = sum(

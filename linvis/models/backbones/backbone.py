@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmengine.model import BaseModule
@@ -47,6 +47,7 @@ class Backbone(BaseModule, ABC):
     """
 
     layers: nn.ModuleList
+    out_types: ClassVar[tuple[str, ...]] = OUT_TYPES
 
     def __init__(
         self,
@@ -62,8 +63,9 @@ class Backbone(BaseModule, ABC):
         init_cfg: dict[str, Any] | None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        if out_type not in OUT_TYPES:
-            raise ValueError(f'out_type must be one of {", ".join(OUT_TYPES)}, got {out_type!r}.')
+        if out_type not in self.out_types:
+            names = ', '.join(self.out_types)
+            raise ValueError(f'out_type must be one of {names}, got {out_type!r}.')
         if not -1 <= frozen_stages <= len(channels):
             raise ValueError(f'frozen_stages must be in -1..{len(channels)}, got {frozen_stages}.')
         self.in_channels = in_channels
@@ -114,11 +116,11 @@ class Backbone(BaseModule, ABC):
                 'normalise them first, for example by the data_preprocessor.'
             )
 
-    def _run(self, layer: nn.Module, tokens: Tensor, hw: tuple[int, int]) -> Tensor:
+    def _run(self, layer: nn.Module, tokens: Tensor, *arguments: Any) -> Tensor:
         """Apply a layer or block; with `with_cp` its activations are recomputed, not kept."""
         if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(layer, tokens, hw, use_reentrant=False)
-        return layer(tokens, hw)
+            return checkpoint(layer, tokens, *arguments, use_reentrant=False)
+        return layer(tokens, *arguments)
 
     def _format(self, tokens: Tensor, hw: tuple[int, int]) -> Tensor:
         if self.out_type == 'raw':

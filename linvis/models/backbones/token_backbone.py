@@ -120,12 +120,19 @@ class TokenBackbone(Backbone):
         tokens, hw = self.embed(images)
         outputs: dict[int, Tensor] = {}
         for index in range(max(self.out_indices) + 1):
-            tokens = self._run(self.layers[index], tokens, hw)
-            if index == self.num_layers - 1:
-                tokens = self.get_submodule(self.final_norm_name)(tokens)
+            tokens = self.run_layer(index, tokens, hw)
             if index in self.out_indices:
                 outputs[index] = self._format(tokens, hw)
         return tuple(outputs[index] for index in self.out_indices)
+
+    def run_layer(
+        self, index: int, tokens: Tensor, hw: tuple[int, int], *mixer_arguments: Any
+    ) -> Tensor:
+        """Apply one layer to tokens (B, T, C), behind the last one the final norm as well."""
+        tokens = self._run(self.layers[index], tokens, hw, *mixer_arguments)
+        if index == self.num_layers - 1:
+            tokens = self.get_submodule(self.final_norm_name)(tokens)
+        return tokens
 
     def _depth_of(self, name: str) -> int:
         if name == 'pos_embed' or name.startswith('patch_embed.'):

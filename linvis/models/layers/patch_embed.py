@@ -18,13 +18,17 @@ class PatchEmbed(nn.Module):
         in_channels: Channels of the picture.
         embed_dims: Channels of a token.
         patch_size: Side of a patch in pixels.
+        name: Name of the projection in state dicts.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int) -> None:
+    def __init__(
+        self, in_channels: int, embed_dims: int, patch_size: int, name: str = 'projection'
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.patch_size = patch_size
-        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, stride=patch_size)
+        self.name = name
+        self.add_module(name, nn.Conv2d(in_channels, embed_dims, patch_size, stride=patch_size))
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens for a picture of height x width pixels."""
@@ -41,7 +45,7 @@ class PatchEmbed(nn.Module):
         """
         hw = self.grid_of(*images.shape[-2:])
         padded = pad_to_patches(images, self.patch_size)
-        return self.projection(padded).flatten(2).transpose(1, 2), hw
+        return self.get_submodule(self.name)(padded).flatten(2).transpose(1, 2), hw
 
 
 class ConvPatchEmbed(nn.Module):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -37,6 +38,34 @@ def resize_position_embedding(
     grid = pos_embed.transpose(1, 2).unflatten(2, source_hw)  # (1, C, rows, columns)
     grid = F.interpolate(grid, size=target_hw, mode='bicubic', align_corners=False)
     return grid.flatten(2).transpose(1, 2)
+
+
+def resize_position_embedding_rows(
+    pos_embed: Tensor, source_hw: tuple[int, int], target_hw: tuple[int, int], rows: range
+) -> Tensor:
+    """Some rows of what `resize_position_embedding` gives, without the others.
+
+    Args:
+        pos_embed: Shape (1, rows * columns of source_hw, C).
+        source_hw: Grid (rows, columns) of pos_embed.
+        target_hw: Grid wanted.
+        rows: Rows of target_hw that are wanted, one after the other.
+
+    Returns:
+        Shape (1, len(rows) * columns of target_hw, C).
+
+    Raises:
+        ValueError: As `resize_position_embedding`.
+    """
+    # bicubic resampling is separable: columns first, then the rows by a matrix
+    wide = resize_position_embedding(pos_embed, source_hw, (source_hw[0], target_hw[1]))
+    grid = wide.unflatten(1, (source_hw[0], target_hw[1]))  # (1, rows, columns, C)
+    if source_hw[0] == target_hw[0]:
+        return grid[:, rows.start : rows.stop].flatten(1, 2)
+    unit = torch.eye(source_hw[0], dtype=wide.dtype, device=wide.device)[None, :, :, None]
+    weights = F.interpolate(unit, (target_hw[0], 1), mode='bicubic', align_corners=False)
+    weights = weights[0, :, rows.start : rows.stop, 0]  # (rows of source_hw, rows wanted)
+    return torch.einsum('sr,bswc->brwc', weights, grid).flatten(1, 2)
 
 
 def resize_position_embedding_on_load(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -7,33 +9,47 @@ from torchvision.ops import StochasticDepth
 class PreNormBlock(nn.Module):
     """Residual layer of a token mixer and a channel mixer, each behind its norm, with drop path.
 
-    x = x + drop_path(mixer(norm(x), hw)), then x = x + drop_path(channel_mixer(norm(x))).
+    x = x + drop_path(mixer(norm(x), hw)), then x = x + drop_path(channel_mixer(norm(x))); with
+    layer scale, drop_path(scale(...)).
 
     Args:
         drop_path: Probability that a sample skips a branch during training.
         **parts: The norm and the token mixer, called with (tokens, hw), the norm and the channel
-            mixer, called with tokens; in this order, each under its name in state dicts.
+            mixer, called with tokens; in this order, each under its name in state dicts. With layer
+            scale each mixer is followed by its scale.
+
+    Raises:
+        ValueError: If these are not four or six parts.
     """
 
     def __init__(self, drop_path: float, **parts: nn.Module) -> None:
         super().__init__()
+        if len(parts) not in (4, 6):
+            raise ValueError(f'A layer has 4 parts, or 6 with layer scale, got {len(parts)}.')
         for name, part in parts.items():
             self.add_module(name, part)
         self.part_names = tuple(parts)
         self.drop_path = StochasticDepth(drop_path, 'row')
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int], *mixer_arguments: Any) -> Tensor:
         """Apply the layer.
 
         Args:
             x: Tokens, shape (B, T, C).
-            hw: Token grid (rows, columns), T = rows * columns.
+            hw: Token grid (rows, columns), T = rows * columns, or more as the token mixer allows.
+            *mixer_arguments: Further arguments of the token mixer.
 
         Returns:
             Shape (B, T, C).
         """
-        token_norm, token_mixer, channel_norm, channel_mixer = (
-            self.get_submodule(name) for name in self.part_names
-        )
-        x = x + self.drop_path(token_mixer(token_norm(x), hw))
-        return x + self.drop_path(channel_mixer(channel_norm(x)))
+        parts = [self.get_submodule(name) for name in self.part_names]
+        token_norm, token_mixer, *token_scale = parts[: len(parts) // 2]
+        channel_norm, channel_mixer, *channel_scale = parts[len(parts) // 2 :]
+        branch = token_mixer(token_norm(x), hw, *mixer_arguments)
+        for scale in token_scale:
+            branch = scale(branch)
+        x = x + self.drop_path(branch)
+        branch = channel_mixer(channel_norm(x))
+        for scale in channel_scale:
+            branch = scale(branch)
+        return x + self.drop_path(branch)

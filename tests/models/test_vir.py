@@ -1,0 +1,222 @@
+import math
+from ast import literal_eval
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+from linvis.models import ViR
+from linvis.models.layers import LayerScale, PreNormBlock, Retention, resize_position_embedding
+from linvis.models.layers.position import resize_position_embedding_rows
+from linvis.models.layers.retention import log_decays
+
+KEY_LISTS = Path(__file__).parents[3] / 'shared' / 'reference' / 'checkpoint_keys'
+ARCH = {'embed_dims': 16, 'depth': 2, 'num_heads': 2}
+# parameters with a head of 1000 classes, by arch and patch size
+PARAMETERS = {
+    ('small', 16): 22_059_496,
+    ('base', 16): 86_585_320,
+    ('large', 16): 304_374_760,
+    ('large', 14): 304_251_880,
+}
+FORMS = [(decay, direction) for decay in ('1d', '2d') for direction in ('causal', 'bidirectional')]
+forms = pytest.mark.parametrize(('decay', 'direction'), FORMS)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(-0.5, 0.5)
+    return module
+
+
+@pytest.mark.parametrize(('arch', 'patch_size'), PARAMETERS)
+def test_number_of_parameters(arch, patch_size):
+    with torch.device('meta'):
+        backbone = ViR(arch, patch_size=patch_size)
+    count = sum(parameter.numel() for parameter in backbone.parameters())
+    assert count + 1000 * (backbone.embed_dims + 1) == PARAMETERS[arch, patch_size]
+
+
+def test_names_are_those_of_the_authors():
+    with torch.device('meta'):
+        shapes = {n: tuple(v.shape) for n, v in ViR('small').state_dict().items()}
+    expected = {
+        'cls_token': (1, 1, 384),
+        'pos_embed': (1, 196, 384),
+        'patch_embed.proj.weight': (384, 3, 16, 16),
+        'patch_embed.proj.bias': (384,),
+        'norm.weight': (384,),
+        'norm.bias': (384,),
+    }
+    for index in range(12):
+        block = f'blocks.{index}'
+        for name, shape in (
+            ('retention.qkv', (1152, 384)),
+            ('retention.out_proj', (384, 384)),
+            ('mlp.fc1', (1536, 384)),
+            ('mlp.fc2', (384, 1536)),
+            ('norm1', (384,)),
+            ('norm2', (384,)),
+        ):
+            expected |= {f'{block}.{name}.weight': shape, f'{block}.{name}.bias': shape[:1]}
+        expected |= {f'{block}.ls1.gamma': (384,), f'{block}.ls2.gamma': (384,)}
+    assert shapes == expected
+
+
+@pytest.mark.skipif(not KEY_LISTS.is_dir(), reason='no lists of published checkpoint entries')
+@pytest.mark.parametrize(('arch', 'patch_size'), PARAMETERS)
+def test_state_dict_is_that_of_the_published_code(arch, patch_size):
+    lines = (KEY_LISTS / f'vir_{arch[0]}{patch_size}.txt').read_text().splitlines()[1:]
+    listed = {key: literal_eval(shape) for key, shape in (line.split('\t') for line in lines)}
+    with torch.device('meta'):
+        backbone = ViR(arch, patch_size=patch_size)
+    assert listed.pop('head.weight') == (1000, backbone.embed_dims)
+    assert listed.pop('head.bias') == (1000,)
+    assert {key: tuple(value.shape) for key, value in backbone.state_dict().items()} == listed
+
+
+def test_decays_are_those_of_the_paper():
+    gammas = log_decays(6).exp()
+    expected = [1 - math.exp(x) for x in torch.linspace(math.log(1 / 32), math.log(1 / 512), 6)]
+    torch.testing.assert_close(gammas, torch.tensor(expected))
+    assert gammas[0] == pytest.approx(1 - 1 / 32)
+    assert gammas[-1] == pytest.approx(1 - 1 / 512)
+
+
+@forms
+@torch.no_grad()
+def test_token_mixer_equals_its_definition(decay, direction):
+    rows, cols, channels, heads = 3, 4, 8, 2
+    tokens = rows * cols + 1
+    mixer = randomised(Retention(channels, heads, decay=decay, direction=direction, backend='auto'))
+    x = torch.randn(1, tokens, channels)
+    places = [(i // cols, i % cols) for i in range(rows * cols)] + [(rows, cols - 1)]
+    if decay == '1d':
+        places = [(i, 0) for i in range(tokens)]
+    q, k, v = (y.view(tokens, heads, -1) for y in mixer.qkv(x[0]).chunk(3, -1))
+    out = torch.zeros_like(v)
+    for t, (row, col) in enumerate(places):
+        for s, (other_row, other_col) in enumerate(places):
+            steps = row - other_row, col - other_col
+            if direction == 'causal' and min(steps) < 0:
+                continue
+            weight = (mixer.log_gamma * (abs(steps[0]) + abs(steps[1]))).exp()
+            out[t] += (weight * (q[t] * k[s]).sum(-1) / math.sqrt(channels // heads))[:, None] * v[
+                s
+            ]
+    expected = mixer.out_proj(out.flatten(1))
+    torch.testing.assert_close(mixer(x, (rows, cols))[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_block_scales_its_branches():
+    mixer = Retention(8, 2, decay='2d', direction='causal', backend='auto')
+    parts = {
+        'norm1': nn.LayerNorm(8),
+        'retention': mixer,
+        'ls1': LayerScale(8, 0.5),
+        'norm2': nn.LayerNorm(8),
+        'mlp': nn.Linear(8, 8),
+        'ls2': LayerScale(8, 0.25),
+    }
+    block = PreNormBlock(0.0, **parts)
+    x = torch.randn(2, 6, 8)
+    y = x + 0.5 * mixer(parts['norm1'](x), (2, 3))
+    expected = y + 0.25 * parts['mlp'](parts['norm2'](y))
+    torch.testing.assert_close(block(x, (2, 3)), expected)
+    with pytest.raises(ValueError, match='has 4 parts, or 6 with layer scale, got 1'):
+        PreNormBlock(0.0, norm1=nn.LayerNorm(8))
+
+
+@pytest.mark.parametrize('decay', ['1d', '2d'])
+def test_causal_patches_do_not_see_what_follows(decay):
+    backbone = randomised(ViR(ARCH, retention=decay, img_size=64, out_type='raw'))
+    images = torch.randn(1, 3, 64, 48)
+    changed = images.clone()
+    changed[:, :, 32:] += 1.0  # rows 2 and 3
+    (a,), (b,) = backbone(images), backbone(changed)
+    torch.testing.assert_close(a[:, :6], b[:, :6])
+    assert not torch.allclose(a[:, -1], b[:, -1])  # the class token sees them
+
+
+def test_class_token_is_an_output():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 48)
+    outputs = []
+    for out_type in ('raw', 'cls_token'):
+        torch.manual_seed(1)
+        outputs.append(ViR(ARCH, img_size=32, out_type=out_type)(images)[0])
+    assert torch.equal(outputs[0][:, -1], outputs[1])
+
+
+@pytest.mark.parametrize('out_type', ['featmap', 'raw', 'avg_featmap', 'cls_token'])
+@pytest.mark.parametrize('decay', ['1d', '2d'])
+@pytest.mark.parametrize('heights', [[40], [16, 24], [16, 16, 8], [32, 3]])
+def test_bands_give_the_features_of_the_whole(decay, out_type, heights):
+    backbone = randomised(
+        ViR(ARCH, retention=decay, img_size=64, patch_size=8, out_type=out_type, out_indices=(0, 1))
+    )
+    images = torch.randn(2, 3, sum(heights), 28)
+    expected = backbone(images)
+    bands = list(backbone.stream(iter(images.split(heights, dim=2)), images.shape[2]))
+    joined = bands[0]
+    if out_type in ('featmap', 'raw'):
+        assert len(bands) == len(heights)
+        along = 2 if out_type == 'featmap' else 1
+        joined = [torch.cat(parts, along) for parts in zip(*bands, strict=True)]
+    for a, e in zip(joined, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+        assert not a.requires_grad
+
+
+def test_rows_of_the_position_embedding():
+    pos_embed = torch.randn(1, 4 * 5, 3)
+    for target in ((4, 5), (4, 9), (11, 5), (9, 2)):
+        whole = resize_position_embedding(pos_embed, (4, 5), target).unflatten(1, target)
+        for rows in (range(2), range(1, target[0])):
+            part = resize_position_embedding_rows(pos_embed, (4, 5), target, rows)
+            torch.testing.assert_close(part, whole[:, rows.start : rows.stop].flatten(1, 2))
+
+
+@pytest.mark.parametrize(
+    ('shapes', 'height', 'message'),
+    [
+        ([(8, 16), (10, 16), (6, 16)], 24, 'must have a multiple of 8 rows of pixels, got 10'),
+        ([(8, 16), (8, 24)], 16, 'must be as wide as the first one, 16, got 24'),
+        ([(8, 16), (16, 16)], 16, 'have 24 rows of pixels or more, the picture 16'),
+        ([(8, 16), (8, 16)], 24, 'have 16 rows of pixels in all, not 24'),
+    ],
+)
+def test_bands_that_are_no_picture_are_refused(shapes, height, message):
+    backbone = ViR(ARCH, img_size=64, patch_size=8)
+    bands = [torch.zeros(1, 3, *shape) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        list(backbone.stream(bands, height))
+
+
+def test_bidirectional_backbone_cannot_be_streamed():
+    backbone = ViR(ARCH, direction='bidirectional')
+    with pytest.raises(ValueError, match="stream needs direction='causal'"):
+        backbone.stream([], 16)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'arch': {**ARCH, 'num_heads': 3}}, '16 channels and 3 heads'),
+        ({'arch': 'tiny'}, 'arch must be one of small, base, large'),
+        ({'retention': '3d'}, "retention must be one of 1d, 2d, got '3d'"),
+        ({'direction': 'forward'}, "direction must be one of causal, bidirectional, got 'forward'"),
+        ({'backend': 'cuda'}, "backend must be one of .*, got 'cuda'"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ViR(**{'arch': ARCH, **options})
+
+
+def test_is_registered():
+    assert isinstance(MODELS.build({'type': 'linvis.ViR', 'arch': ARCH, 'img_size': 32}), ViR)
