@@ -49,8 +49,8 @@ HEADER_FIELDS = (
     'commit',
     'dirty',  # whether linvis_ops had changes that are in no commit
     'command',
-    'copy_gb_s',  # of the big copy
-    'copy_gib',  # its bytes read plus bytes written
+    'copy_gb_s',  # of the fastest copy: a big one at the beginning, or one of the rows
+    'copy_gib',  # bytes read plus bytes written of the big one
     'floor_ms',  # what a call takes that writes one number
     'flush_mib',
 )
@@ -170,8 +170,19 @@ def file(path: Path, header: Row) -> Path:
 
 
 def assemble(header: Row, measured: Measured) -> dict[str, Any]:
-    """Results of a run, in the layout of this module."""
-    return {'header': header, 'rows': measured.rows, 'left_out': measured.left_out}
+    """Results of a run, in the layout of this module.
+
+    Shares are those of the fastest copy of the run, should one have been faster than the big one
+    that it began with: something else may have used the GPU then.
+    """
+    copies = (row['gb_s'] for row in measured.rows if row['impl'] == 'copy')
+    copy_gb_s = max(header['copy_gb_s'], *copies, 0.0)
+    rows = [{**row, 'copy_share': round(row['gb_s'] / copy_gb_s, 4)} for row in measured.rows]
+    return {
+        'header': {**header, 'copy_gb_s': copy_gb_s},
+        'rows': rows,
+        'left_out': measured.left_out,
+    }
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

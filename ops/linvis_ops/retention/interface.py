@@ -124,8 +124,8 @@ def retention_with_state(
     columns = _columns_of(WITH_STATE, q, hw, least_rows=0)
     if direction != 'causal':
         raise ValueError(
-            f"{WITH_STATE}: direction must be 'causal', got {direction!r}; a state knows nothing of "
-            f'tokens that follow.'
+            f"{WITH_STATE}: direction must be 'causal', got {direction!r}; a state knows nothing "
+            f'of tokens that follow.'
         )
     plain = hw is None  # its state is that of a grid of one column, without that dimension
     if state is not None:

@@ -86,7 +86,7 @@ def test_what_fails_is_left_out_and_the_rest_measured(timer, monkeypatch, error,
     from linvis_ops.bi_wkv import op
 
     backends = mock.Mock(forward=mock.Mock(side_effect=error))
-    monkeypatch.setattr(op._dispatch, 'select', lambda *_: backends)
+    monkeypatch.setattr(op._dispatch, 'select', lambda *_, **__: backends)
     rows, left_out, said = measured(timer, impls=['torch', 'copy'], passes=['fwd'])
     assert [row['impl'] for row in rows] == ['copy']
     assert [(row['reason'], row['failed']) for row in left_out] == [(reason, failed)]
@@ -302,3 +302,13 @@ def test_cuda_timer_on_a_gpu():
     assert fill.quantile(0.1) <= fill.quantile(0.5) <= fill.quantile(0.9)
     assert not waiting.graph
     assert peak - base == large.nbytes
+
+
+def test_shares_are_those_of_the_fastest_copy(make_row):
+    ours, copy = make_row('triton', (2, 16, 8), 2.0), make_row('copy', (2, 16, 8), 1.0)
+    measured = mock.Mock(rows=[ours, copy], left_out=[])
+    found = results.assemble({'copy_gb_s': copy['gb_s'] / 2}, measured)
+    assert found['header']['copy_gb_s'] == copy['gb_s']
+    assert [row['copy_share'] for row in found['rows']] == [0.5, 1.0]
+    found = results.assemble({'copy_gb_s': copy['gb_s'] * 2}, measured)
+    assert [row['copy_share'] for row in found['rows']] == [0.25, 0.5]
