@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linvis.models import VRWKV, Backbone, TokenBackbone, ViG, ViGHierarchical, ViR
+from linvis.models import (
+    VRWKV,
+    Backbone,
+    HybridViR,
+    TokenBackbone,
+    ViG,
+    ViGHierarchical,
+    ViR,
+)
 from linvis.models.layers import resize_position_embedding
 from linvis.utils.checkpoint import CheckpointError
 from tools.analysis.complexity import measure

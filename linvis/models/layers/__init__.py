@@ -1,5 +1,6 @@
 from linvis.models.layers.block import MixerBlock
 from linvis.models.layers.channel_mix import ChannelMix
+from linvis.models.layers.conv_block import ConvBlock
 from linvis.models.layers.featmap import to_featmap, to_tokens
 from linvis.models.layers.gated_linear_attention import GatedLinearAttention
 from linvis.models.layers.layer_scale import LayerScale
@@ -13,6 +14,7 @@ from linvis.models.layers.swiglu import SwiGLU
 
 __all__ = [
     'ChannelMix',
+    'ConvBlock',
     'ConvPatchEmbed',
     'GatedLinearAttention',
     'LayerNorm2d',
