@@ -125,7 +125,8 @@ FLA_RWKV4_TWICE = Rival('fla_rwkv4_x2', _fla_rwkv4)
 
 def _fla_gla(shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]) -> Runnable:
     gla = imported('fla.ops.gla', 'fla-core', 'chunk_gla')
-    inputs = bi_gla_inputs(*(shape[axis] for axis in 'BTHKV'), dtype, device)
+    batch, tokens, heads, keys, values = (shape[axis] for axis in 'BTHKV')
+    inputs = bi_gla_inputs(batch, tokens, heads, keys, values, dtype, device)
 
     def forward() -> Tensor:
         q, k, v, g_fwd, g_bwd = inputs
