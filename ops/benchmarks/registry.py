@@ -14,7 +14,7 @@ from torch import Tensor
 
 import linvis_ops
 from benchmarks.passes import Function, Shape
-from benchmarks.rivals import COPY, FLA_RWKV4_TWICE, SDPA, Rival
+from benchmarks.rivals import COPY, FLA_GLA_TWICE, FLA_RWKV4_TWICE, SDPA, Rival
 from linvis_ops import testing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +110,14 @@ def token_tensors(forward: int, backward: int) -> Traffic:
     return traffic
 
 
+def gla_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+    """Least traffic of gated linear attention with gates in the dtype of the other inputs."""
+    size = shape['B'] * shape['T'] * shape['H'] * itemsize
+    keys, values = shape['K'], shape['V']
+    # q, k, two gates, v, o; all inputs again, the gradient by o, one gradient of each input
+    return size * (4 * keys + 2 * values), size * (8 * keys + 3 * values)
+
+
 def token_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     """x, (B, T, C), which requires gradients."""
     size = shape['B'], tokens(shape), shape['C']
@@ -140,6 +148,23 @@ OPERATORS = (
         ),
         traffic=token_tensors(forward=3, backward=5),  # k, v, y; k, v, dy, dk, dv
         rivals=(*SDPA, FLA_RWKV4_TWICE, COPY),
+    ),
+    Operator(
+        name='bi_gla',
+        axes=('B', 'T', 'H', 'K', 'V'),
+        shapes=(
+            (128, 196, 3, 32, 64),
+            (64, 1024, 6, 32, 64),
+            (16, 4096, 3, 32, 64),
+            (4, 16384, 6, 32, 64),
+            (2, 4200, 12, 32, 64),
+            (2, 16640, 4, 16, 32),
+        ),
+        inputs=lambda s, dtype, device: testing.bi_gla_inputs(
+            s['B'], s['T'], s['H'], s['K'], s['V'], dtype, device
+        ),
+        traffic=gla_traffic,
+        rivals=(*SDPA, FLA_GLA_TWICE, COPY),
     ),
     Operator(
         name='q_shift',

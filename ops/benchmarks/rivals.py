@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.passes import Copies, Function, Runnable, Shape
+from linvis_ops.testing import bi_gla_inputs
 
 HEAD_WIDTH = 64
 _HALF = (torch.float16, torch.bfloat16)
@@ -45,7 +46,8 @@ COPY = Rival('copy', _copy)
 def sdpa(name: str, backend: SDPBackend) -> Rival:
     """Softmax attention of PyTorch over as many tokens, with C / 64 heads of width 64.
 
-    q, k and v are (B, H, T, 64) views of (B, T, C) tensors, as projections give them.
+    q, k and v are (B, H, T, 64) views of (B, T, C) tensors, as projections give them. C of an
+    operator with heads is the width of all its values.
 
     Args:
         name: Its name in the rows.
@@ -57,9 +59,10 @@ def sdpa(name: str, backend: SDPBackend) -> Rival:
     ) -> Runnable:
         if dtype not in _HALF:
             raise UnavailableError(f'it takes float16 and bfloat16, not {dtype}')
-        if shape['C'] % HEAD_WIDTH:
-            raise UnavailableError(f'{shape["C"]} channels are no multiple of {HEAD_WIDTH}')
-        heads = shape['C'] // HEAD_WIDTH
+        channels = shape['C'] if 'C' in shape else shape['H'] * shape['V']
+        if channels % HEAD_WIDTH:
+            raise UnavailableError(f'{channels} channels are no multiple of {HEAD_WIDTH}')
+        heads = channels // HEAD_WIDTH
         size = (shape['B'], shape['T'], heads, HEAD_WIDTH)
         q, k, v = (torch.randn(size, dtype=dtype, device=device).requires_grad_() for _ in range(3))
 
@@ -118,3 +121,21 @@ def _fla_rwkv4(shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str
 # The causal WKV of fla-core run twice, the second time on flipped inputs, and the outputs added:
 # the two recurrences of Bi-WKV, though not its quotient.
 FLA_RWKV4_TWICE = Rival('fla_rwkv4_x2', _fla_rwkv4)
+
+
+def _fla_gla(shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]) -> Runnable:
+    gla = imported('fla.ops.gla', 'fla-core', 'chunk_gla')
+    batch, tokens, heads, keys, values = (shape[axis] for axis in 'BTHKV')
+    inputs = bi_gla_inputs(batch, tokens, heads, keys, values, dtype, device)
+
+    def forward() -> Tensor:
+        q, k, v, g_fwd, g_bwd = inputs
+        o, _ = gla(q=q, k=k, v=v, g=g_fwd)
+        reversed_o, _ = gla(q=q.flip(1), k=k.flip(1), v=v.flip(1), g=g_bwd.flip(1))
+        return (o + reversed_o.flip(1)) / 2
+
+    return Function(forward, inputs)
+
+
+# The causal gated linear attention of fla-core, run once each way as above: this operator.
+FLA_GLA_TWICE = Rival('fla_gla_x2', _fla_gla)

@@ -23,8 +23,6 @@ from linvis_ops.testing import assert_matches, bi_gla_inputs, gradients
 
 F64 = torch.float64
 NAMES = ('dq', 'dk', 'dv', 'dg_fwd', 'dg_bwd')
-DTYPES = {'f32': torch.float32, 'f16': torch.float16, 'bf16': torch.bfloat16}
-TOKENS = [1, 2, 15, 16, 17, 33, 64, 65, 197]
 
 BACKENDS = [
     pytest.param(
@@ -37,8 +35,15 @@ BACKENDS = [
     pytest.param('torch', 'cpu', id='torch-cpu'),
     pytest.param('torch', 'cuda', marks=pytest.mark.gpu, id='torch-cuda'),
 ]
+not_interpreted = pytest.mark.skipif(interpreting(), reason='long in the interpreter')
 
 
+def some_interpreted(interpreted, *others):
+    return [*interpreted, *(pytest.param(value, marks=not_interpreted) for value in others)]
+
+
+TOKENS = some_interpreted([1, 33], 2, 15, 16, 17, 64, 65, 197)
+COMPILED = [param for param in BACKENDS if param.id != 'triton-interpreter']
 TRITON_DEVICES = [param for param in BACKENDS if param.values[0] == 'triton']
 
 
@@ -105,7 +110,7 @@ def test_scale_defaults_to_the_root_of_the_key_width():
 # Properties
 
 
-@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+@pytest.mark.parametrize(('backend', 'device'), COMPILED)
 def test_reversed_tokens_and_exchanged_gates_reverse_the_output(backend, device):
     inputs = bi_gla_inputs(2, 37, 2, 5, 6, device=device)
     y = bi_gla(*inputs, backend=backend)
@@ -114,7 +119,7 @@ def test_reversed_tokens_and_exchanged_gates_reverse_the_output(backend, device)
     torch.testing.assert_close(flipped.flip(1), y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+@pytest.mark.parametrize(('backend', 'device'), COMPILED)
 def test_open_gates_give_linear_attention(backend, device):
     q, k, v, g_fwd, g_bwd = bi_gla_inputs(2, 33, 2, 4, 6, device=device, gate=0.0)
     y = bi_gla(q, k, v, g_fwd, g_bwd, 1.0, backend=backend)
@@ -124,7 +129,7 @@ def test_open_gates_give_linear_attention(backend, device):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('gate', [-200.0, -math.inf])
+@pytest.mark.parametrize('gate', some_interpreted([-math.inf], -200.0))
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_shut_gates_leave_the_token_itself(backend, device, gate):
     q, k, v, g_fwd, g_bwd = bi_gla_inputs(2, 33, 2, 4, 6, device=device, gate=gate)
@@ -223,7 +228,14 @@ def check_against_float64(backend, device, inputs):
         assert_matches(name, a.cpu(), e, p.cpu(), dtype)
 
 
-@pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    'dtype',
+    [
+        pytest.param(torch.float32, id='f32'),
+        pytest.param(torch.float16, id='f16', marks=not_interpreted),
+        pytest.param(torch.bfloat16, id='bf16'),
+    ],
+)
 @pytest.mark.parametrize('tokens', TOKENS)
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_backend_matches_float64(backend, device, tokens, dtype):
@@ -231,13 +243,15 @@ def test_backend_matches_float64(backend, device, tokens, dtype):
     check_against_float64(backend, device, inputs)
 
 
-WIDTHS = [(16, 16), (16, 64), (32, 64), (64, 32), (64, 64), (5, 7), (1, 1), (48, 100)]
+WIDTHS = some_interpreted(
+    [(5, 7)], (16, 16), (16, 64), (32, 64), (64, 32), (64, 64), (1, 1), (48, 100)
+)
 
 
-@pytest.mark.parametrize(('key_width', 'value_width'), WIDTHS)
+@pytest.mark.parametrize('widths', WIDTHS, ids=str)
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
-def test_backend_matches_float64_at_other_widths(backend, device, key_width, value_width):
-    inputs = bi_gla_inputs(2, 37, 3, key_width, value_width, device=device)
+def test_backend_matches_float64_at_other_widths(backend, device, widths):
+    inputs = bi_gla_inputs(1, 37, 2, *widths, device=device)
     check_against_float64(backend, device, inputs)
 
 
@@ -270,17 +284,13 @@ def mixed_gates(inputs):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
-@pytest.mark.parametrize('tokens', [33, 130])
-@pytest.mark.parametrize('gate', [-20.0, 0.0, 'mixed'])
-@pytest.mark.parametrize('values', ['random', 'equal'])
+@pytest.mark.parametrize('tokens', some_interpreted([9], 33, 130))
+@pytest.mark.parametrize('gate', some_interpreted([-20.0, 'mixed'], 0.0))
+@pytest.mark.parametrize('values', some_interpreted(['random'], 'equal'))
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_extreme_inputs_are_finite_and_right(backend, device, values, gate, tokens, dtype):
     mixed = gate == 'mixed'
-    interpreted = backend == 'triton' and device == 'cpu'
-    if interpreted and (tokens > 100 or values == 'equal'):
-        pytest.skip('long in the interpreter; divisions into chunks have a test of their own')
-    heads = 1 if interpreted else 2
-    inputs = bi_gla_inputs(1, tokens, heads, 8, 8, dtype, device, gate=None if mixed else gate)
+    inputs = bi_gla_inputs(1, tokens, 2, 8, 8, dtype, device, gate=None if mixed else gate)
     if mixed:
         mixed_gates(inputs)
     if values == 'equal':
@@ -290,7 +300,7 @@ def test_extreme_inputs_are_finite_and_right(backend, device, values, gate, toke
     check_against_float64(backend, device, inputs)
 
 
-@pytest.mark.parametrize('gate', [-1e-3, -0.5, 'mixed'])
+@pytest.mark.parametrize('gate', some_interpreted([-0.5], -1e-3, 'mixed'))
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_long_sequences_match_float64(backend, device, gate):
     mixed = gate == 'mixed'
@@ -312,13 +322,15 @@ def test_long_sequences_match_float64(backend, device, gate):
     ('tokens', 'length', 'segment', 'gate', 'dtype'),
     [
         (37, 16, 3, None, torch.bfloat16),
-        (37, 16, 1, None, torch.bfloat16),
         (50, 16, 2, None, torch.float32),
-        (140, 16, 1, -0.5, torch.float16),  # the scan takes several rounds
-        (70, 32, 2, -1.0, torch.bfloat16),
-        (37, 16, 3, 'mixed', torch.float32),
-        (37, 16, 1, 'mixed', torch.bfloat16),
-        (37, 16, 2, -20.0, torch.float32),
+        (130, 16, 1, -0.5, torch.float16),  # the scan takes several rounds
+        (20, 16, 2, 'mixed', torch.float32),
+        (20, 16, 1, 'mixed', torch.bfloat16),
+        pytest.param(37, 16, 1, None, torch.bfloat16, marks=not_interpreted),
+        pytest.param(70, 32, 2, -1.0, torch.bfloat16, marks=not_interpreted),
+        pytest.param(37, 16, 3, 'mixed', torch.float32, marks=not_interpreted),
+        pytest.param(37, 16, 1, 'mixed', torch.bfloat16, marks=not_interpreted),
+        pytest.param(37, 16, 2, -20.0, torch.float32, marks=not_interpreted),
     ],
 )
 @pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
@@ -363,6 +375,23 @@ def test_division_covers_the_sequence(shape, dtype, width):
         assert launch.segments == 1 or shape[1] > 256
 
 
+@pytest.mark.parametrize(
+    ('tokens', 'width', 'length', 'dtype', 'warps'),
+    [
+        (500, 32, 32, torch.bfloat16, 8),
+        (500, 32, 64, torch.bfloat16, 2),
+        (50, 32, 128, torch.bfloat16, 2),  # one chunk of 64
+        (500, 33, 32, torch.float16, 2),  # keys are rows of products, too
+        (500, 128, 64, torch.float32, 8),  # not by tensor cores
+    ],
+)
+def test_no_program_forms_a_warpgroup(tokens, width, length, dtype, warps):
+    from linvis_ops.bi_gla.launch import Rule, launch_for
+
+    q = torch.empty((1, tokens, 1, width), device='meta', dtype=dtype)
+    assert launch_for(q, q, 'bwd', Rule(length, warps=8)).warps == warps
+
+
 def test_parts_of_one_projection_are_not_copied():
     from linvis_ops.bi_gla.launch import rows_of
 
@@ -400,7 +429,7 @@ def test_non_contiguous_inputs(backend, device):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+@pytest.mark.parametrize(('backend', 'device'), COMPILED)
 def test_repeated_runs_are_bit_identical(backend, device):
     inputs = bi_gla_inputs(3, 35, 2, 6, 10, device=device)
     runs = []

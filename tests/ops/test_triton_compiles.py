@@ -172,3 +172,22 @@ def test_bi_gla_compiles_once_for_all_batches_and_lengths(kernels):
         kernels_triton.bi_gla_forward(*inputs, launch=launch)
     variants = {(name, kernel.hash) for name, kernel in kernels}
     assert len(variants) == 3
+
+
+def test_bi_gla_forms_no_warpgroups(kernels):
+    """The assembler of Triton 3.6 miscompiles their products where registers are spilled."""
+    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward, launch
+
+    if triton.runtime.driver.active.get_current_target().arch < 90:
+        pytest.skip('the GPU has no warpgroups')
+    inputs = [t.detach() for t in bi_gla_inputs(1, 300, 1, 32, 64, torch.bfloat16)]
+    q, _k, v, _g_fwd, _g_bwd = inputs
+    for of in ('fwd', 'bwd'):
+        division = launch.launch_for(q, v, of, launch.TUNED[9, 0][of, 'small'])
+        assert division.segments > 1
+        if of == 'fwd':
+            kernels_triton.bi_gla_forward(*inputs, launch=division)
+        else:
+            kernels_triton_backward.bi_gla_backward(v, *inputs, launch=division)
+    assert len(kernels) == 6
+    assert not any('wgmma' in kernel.asm['ptx'] for _, kernel in kernels)

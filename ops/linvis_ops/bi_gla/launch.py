@@ -13,6 +13,11 @@ Pass = Literal['fwd', 'bwd']
 VECTOR = 8
 # Least size of a matrix product of Triton.
 LEAST = 16
+# On Hopper, Triton turns products of so many rows into those of warpgroups, in programs of so many
+# warps. The assembler of Triton 3.6 (ptxas 12.8) then may address their operands by the pointer to
+# its stack where registers are spilled: README.md, Implementation in Triton.
+WARPGROUP_ROWS = 64
+WARPGROUP_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Rule:
 
     Attributes:
         length: Tokens of a chunk, a power of two of at least 16.
-        warps: Warps of a program.
+        warps: Warps of a program, at most; half of those of a warpgroup where that would form one.
         at_once: Most tokens of a sequence that is one segment, so that no state goes through
             memory.
         segment: Most tokens of a segment of longer sequences.
@@ -73,17 +78,23 @@ class Launch:
 
 Rules = dict[tuple[Pass, str], Rule]
 # By pass and by size: bfloat16 up to a width of 64 is small, one of the two is large, neither is
-# wide. Safe on every GPU; not tuned.
+# wide. Safe on every GPU.
 DEFAULT: Rules = {
-    ('fwd', 'small'): Rule(length=64, registers=168),
+    ('fwd', 'small'): Rule(length=32, warps=2),
     ('fwd', 'large'): Rule(length=32, state_bytes=16384),
     ('fwd', 'wide'): Rule(length=16),
-    ('bwd', 'small'): Rule(length=64),
+    ('bwd', 'small'): Rule(length=32, warps=2),
     ('bwd', 'large'): Rule(length=32, warps=8, stages=1),
     ('bwd', 'wide'): Rule(length=16, warps=8, stages=1),
 }
 # By compute capability.
-TUNED: dict[tuple[int, int], Rules] = {}
+TUNED: dict[tuple[int, int], Rules] = {
+    (9, 0): {
+        **DEFAULT,
+        ('fwd', 'small'): Rule(length=32, warps=2, segment=128, stages=3),
+        ('bwd', 'small'): Rule(length=32, warps=2, segment=128),
+    },
+}
 
 
 @functools.cache
@@ -118,6 +129,9 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
     rule = rule or rules[of, sizes[short + (max(keys, values) <= 64)]]
     most_values = rule.state_bytes // (keys * (2 if short else 4))
     length = min(rule.length, _power_of_two(tokens))
+    warps = rule.warps
+    if q.dtype != torch.float32 and max(length, keys) >= WARPGROUP_ROWS:
+        warps = min(warps, WARPGROUP_WARPS // 2)
     chunks = -(-tokens // length)
     if tokens <= rule.at_once:
         segment = chunks
@@ -131,7 +145,7 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
         segments=-(-chunks // segment),
         keys=keys,
         values=min(values, max(most_values, LEAST)),
-        warps=rule.warps,
+        warps=warps,
         stages=rule.stages,
         registers=rule.registers,
     )

@@ -9,10 +9,22 @@ import torch
 
 from benchmarks.passes import PASSES, Copies, Function
 from benchmarks.registry import OPERATORS, elements, named, tokens
-from benchmarks.rivals import FLA_RWKV4_TWICE, SDPA, UnavailableError, imported
+from benchmarks.rivals import (
+    FLA_GLA_TWICE,
+    FLA_RWKV4_TWICE,
+    SDPA,
+    UnavailableError,
+    imported,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
-TINY = {'bi_wkv': (2, 6, 8), 'q_shift': (2, 2, 3, 8), 'q_shift_mix': (2, 2, 3, 8)}
+TINY = {
+    'bi_wkv': (2, 6, 8),
+    'bi_gla': (2, 6, 3, 4, 5),
+    'q_shift': (2, 2, 3, 8),
+    'q_shift_mix': (2, 2, 3, 8),
+}
+GLA = dict(zip('BTHKV', TINY['bi_gla'], strict=True))
 PRESENT = [pytest.param(o, id=o.name) for o in OPERATORS if not o.missing()]
 
 
@@ -125,6 +137,9 @@ def test_unknown_pass_is_refused():
         ('bi_wkv', (128, 196, 192), 'bfloat16', 28_901_376, 48_168_960),
         ('bi_wkv', (16, 4096, 192), 'bfloat16', 75_497_472, 125_829_120),
         ('bi_wkv', (16, 4096, 192), 'float32', 150_994_944, 251_658_240),
+        # 512 and 896 bytes a token and head
+        ('bi_gla', (128, 196, 3, 32, 64), 'bfloat16', 38_535_168, 67_436_544),
+        ('bi_gla', (2, 16640, 4, 16, 32), 'float32', 68_157_440, 119_275_520),
         # 4 and 4
         ('q_shift', (128, 14, 14, 192), 'bfloat16', 19_267_584, 19_267_584),
         # 8 and 10
@@ -144,7 +159,7 @@ def test_least_traffic_is_that_of_the_tensors(operator):
     inputs = operator.inputs(shape, torch.bfloat16, 'cpu')
     outputs = operator.prepare(shape, torch.bfloat16, 'cpu', 'torch').call('fwd').run()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    moved = sum(t.nbytes for t in (*inputs, *outputs) if t.dim() == 3)
+    moved = sum(t.nbytes for t in (*inputs, *outputs) if t.dim() >= 3)
     assert operator.bytes_by_pass(shape, torch.bfloat16)['fwd'] == moved
 
 
@@ -179,6 +194,8 @@ def test_softmax_attention_runs_on_as_many_tokens():
     attention = by_name['sdpa_flash'].prepare(shape, torch.bfloat16, 'cpu', {})
     assert attention.call('fwd').run().shape == (2, 2, 5, 64)
     assert [g.shape for g in attention.call('bwd').run()] == [(2, 5, 2, 64)] * 3
+    of_heads = by_name['sdpa_flash'].prepare({**GLA, 'V': 64}, torch.bfloat16, 'cpu', {})
+    assert of_heads.call('fwd').run().shape == (2, 3, 6, 64)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +211,8 @@ def test_absent_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'fla', None)
     with pytest.raises(UnavailableError, match='fla-core cannot be used'):
         FLA_RWKV4_TWICE.prepare({'B': 1, 'T': 2, 'C': 3}, torch.float32, 'cpu', {})
+    with pytest.raises(UnavailableError, match='fla-core cannot be used'):
+        FLA_GLA_TWICE.prepare(GLA, torch.float32, 'cpu', {})
     with pytest.raises(UnavailableError, match='mathematics cannot be used'):
         imported('math', 'mathematics', 'squareroot')
 
@@ -210,3 +229,22 @@ def test_fla_runs_once_each_way(monkeypatch):
     assert function.call('fwd').run().shape == (1, 2, 3)
     torch.testing.assert_close(calls[1], calls[0].flip(1))
     assert len(function.call('fwd+bwd').run()) == 4
+
+
+def test_two_runs_of_fla_are_the_operator(monkeypatch):
+    def causal(q, k, v, g):
+        state, outputs = 0, []
+        for t in range(q.shape[1]):
+            state = g[:, t, :, :, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None]
+            outputs.append(torch.einsum('bhk,bhkv->bhv', q[:, t], state) * q.shape[-1] ** -0.5)
+        return torch.stack(outputs, 1), None
+
+    monkeypatch.setattr('benchmarks.rivals.imported', lambda *_: causal)
+    function = FLA_GLA_TWICE.prepare(GLA, torch.float32, 'cpu', {})
+    (operator,) = named(['bi_gla'])
+    expected = operator.prepare(GLA, torch.float32, 'cpu', 'reference')
+    for pass_name in ('fwd', 'fwd+bwd'):
+        torch.manual_seed(3)
+        actual = flat(function.call(pass_name).run())
+        torch.manual_seed(3)
+        torch.testing.assert_close(actual, flat(expected.call(pass_name).run()))
