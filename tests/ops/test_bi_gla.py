@@ -337,9 +337,9 @@ def test_long_sequences_match_float64(backend, device, gate):
 def test_every_division_computes_the_definition(
     backend, device, tokens, length, segment, gate, dtype
 ):
+    from linvis_ops._chunks import Launch
     from linvis_ops.bi_gla.kernels_triton import bi_gla_forward
     from linvis_ops.bi_gla.kernels_triton_backward import bi_gla_backward as triton_backward
-    from linvis_ops.bi_gla.launch import Launch
 
     chunks = -(-tokens // length)
     segments = -(-chunks // segment)
@@ -386,14 +386,15 @@ def test_division_covers_the_sequence(shape, dtype, width):
     ],
 )
 def test_no_program_forms_a_warpgroup(tokens, width, length, dtype, warps):
-    from linvis_ops.bi_gla.launch import Rule, launch_for
+    from linvis_ops._chunks import Rule
+    from linvis_ops.bi_gla.launch import launch_for
 
     q = torch.empty((1, tokens, 1, width), device='meta', dtype=dtype)
     assert launch_for(q, q, 'bwd', Rule(length, warps=8)).warps == warps
 
 
 def test_parts_of_one_projection_are_not_copied():
-    from linvis_ops.bi_gla.launch import rows_of
+    from linvis_ops._chunks import rows_of
 
     x = torch.zeros(2, 9, 4 * 32 + 4 * 64)
     q, v = x[..., : 4 * 32].unflatten(-1, (4, 32)), x[..., 4 * 32 :].unflatten(-1, (4, 64))

@@ -60,8 +60,8 @@ def test_bi_wkv(compiled, dtype):
 
 @pytest.mark.parametrize(('segments', 'gates'), [(1, torch.float32), (2, torch.bfloat16)])
 def test_bi_gla(compiled, segments, gates):
+    from linvis_ops._chunks import Launch
     from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward
-    from linvis_ops.bi_gla.launch import Launch
 
     inputs = bi_gla_inputs(2, 60, 3, 32, 64, torch.bfloat16, gate_dtype=gates)
     inputs = [t.detach() for t in inputs]
@@ -74,8 +74,8 @@ def test_bi_gla(compiled, segments, gates):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['f32', 'f16'])
 def test_bi_gla_in_other_dtypes(compiled, dtype):
+    from linvis_ops._chunks import Launch
     from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward
-    from linvis_ops.bi_gla.launch import Launch
 
     inputs = [t.detach() for t in bi_gla_inputs(1, 30, 1, 16, 20, dtype)]
     launch = Launch(16, chunks=2, segment=2, segments=1, keys=16, values=32)
@@ -162,8 +162,9 @@ def test_q_shift_mix_compiles_once_for_all_batches_and_grids(kernels, norm):
 
 
 def test_bi_gla_compiles_once_for_all_batches_and_lengths(kernels):
+    from linvis_ops._chunks import Rule
     from linvis_ops.bi_gla import kernels_triton
-    from linvis_ops.bi_gla.launch import Rule, launch_for
+    from linvis_ops.bi_gla.launch import launch_for
 
     rule = Rule(length=16, at_once=16, segment=32)
     for batch, tokens in ((1, 40), (2, 33), (3, 16 * 16)):
@@ -183,7 +184,7 @@ def test_bi_gla_forms_no_warpgroups(kernels):
     inputs = [t.detach() for t in bi_gla_inputs(1, 300, 1, 32, 64, torch.bfloat16)]
     q, _k, v, _g_fwd, _g_bwd = inputs
     for of in ('fwd', 'bwd'):
-        division = launch.launch_for(q, v, of, launch.TUNED[9, 0][of, 'small'])
+        division = launch.launch_for(q, v, of, launch.RULES[9, 0][of, 'small'])
         assert division.segments > 1
         if of == 'fwd':
             kernels_triton.bi_gla_forward(*inputs, launch=division)

@@ -16,26 +16,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._chunks import Launch, Rows, rows_of
 from linvis_ops._triton import on_device
-from linvis_ops.bi_gla.kernels_triton_common import (
+from linvis_ops._triton_tiles import (
     add_product,
+    load_operand,
+    load_rows,
+    operand,
+    place,
+    product,
+    state_offsets,
+    store_rows,
+)
+from linvis_ops.bi_gla.kernels_triton_common import (
     choose,
     exp,
     gate_sums,
     in_range,
     load_gates,
-    load_operand,
     load_row,
-    load_rows,
     opened,
-    operand,
     own_log_decays,
-    place,
-    product,
-    store_rows,
     whole,
 )
-from linvis_ops.bi_gla.launch import Launch, Rows, launch_for, rows_of
+from linvis_ops.bi_gla.launch import launch_for
 
 # Segments whose states are loaded together by the scan.
 AT_ONCE = tl.constexpr(8)
@@ -74,14 +78,6 @@ def absorb(
     sums, total = gate_sums(g, dtype, p_g.dtype.element_ty, not REVERSE, OWN)
     state = add_product(state, tl.trans(operand(x * exp(passed + sums), dtype)), y, dtype)
     return state, passed + total
-
-
-@triton.jit
-def state_offsets(column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Where the elements (BK, BV) of a state are in memory, and which of them exist."""
-    i = tl.arange(0, BK)[:, None]
-    c = column + tl.arange(0, BV)[None, :]
-    return i * V + c, (i < K) & (c < V)
 
 
 @triton.jit

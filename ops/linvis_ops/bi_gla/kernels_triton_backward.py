@@ -10,28 +10,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._chunks import Launch, rows_of
 from linvis_ops._triton import on_device
+from linvis_ops._triton_tiles import (
+    add_product,
+    load_operand,
+    load_rows,
+    operand,
+    place,
+    product,
+    store_rows,
+)
 from linvis_ops.bi_gla.kernels_triton import absorb, add_entering, entering_states
 from linvis_ops.bi_gla.kernels_triton_common import (
     add_crossing,
-    add_product,
     choose,
     exp,
     gate_sums,
     in_range,
     load_gates,
-    load_operand,
     load_row,
-    load_rows,
     opened,
-    operand,
     own_log_decays,
-    place,
-    product,
-    store_rows,
     whole,
 )
-from linvis_ops.bi_gla.launch import Launch, launch_for, rows_of
+from linvis_ops.bi_gla.launch import launch_for
 
 
 @triton.jit

@@ -1,84 +1,10 @@
 """How the work of the kernels of gated linear attention is divided, by tuned rules."""
 
-import functools
-import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
 from torch import Tensor
 
-Pass = Literal['fwd', 'bwd']
-# A vector of a GPU's memory access, in elements of the shortest dtype.
-VECTOR = 8
-# Least size of a matrix product of Triton.
-LEAST = 16
-# On Hopper, Triton turns products of so many rows into those of warpgroups, in programs of so many
-# warps. The assembler of Triton 3.6 (ptxas 12.8) then may address their operands by the pointer to
-# its stack where registers are spilled: README.md, Implementation in Triton.
-WARPGROUP_ROWS = 64
-WARPGROUP_WARPS = 4
+from linvis_ops._chunks import Launch, Pass, Rule, Rules, RulesByDevice, divide
 
-
-@dataclass(frozen=True)
-class Rule:
-    """From which a division is made.
-
-    Attributes:
-        length: Tokens of a chunk, a power of two of at least 16.
-        warps: Warps of a program, at most; half of those of a warpgroup where that would form one.
-        at_once: Most tokens of a sequence that is one segment, so that no state goes through
-            memory.
-        segment: Most tokens of a segment of longer sequences.
-        programs: Programs that are wanted for each multiprocessor of the GPU; segments get longer
-            where there are more.
-        state_bytes: Most bytes of a state as a factor of products; wide values are cut into slices
-            for which programs of their own run.
-        stages: Chunks of a loop whose loads are under way together, as `num_stages` of Triton.
-        registers: Most registers of a thread, so that more programs share a multiprocessor; None:
-            as many as the compiler likes.
-    """
-
-    length: int
-    warps: int = 4
-    at_once: int = 256
-    segment: int = 256
-    programs: int = 4
-    state_bytes: int = 8192
-    stages: int = 2
-    registers: int | None = None
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Division of (B, T, H, K) and (B, T, H, V) into programs.
-
-    Attributes:
-        length: Tokens of a chunk.
-        chunks: Chunks of a sequence.
-        segment: Chunks of a segment.
-        segments: Segments of a sequence.
-        keys: Key channels of a tile, a power of two.
-        values: Value channels of a tile, a power of two.
-        warps: Warps of a program.
-        stages: As `num_stages` of Triton.
-        registers: As `maxnreg` of Triton.
-    """
-
-    length: int
-    chunks: int
-    segment: int
-    segments: int
-    keys: int
-    values: int
-    warps: int = 4
-    stages: int = 2
-    registers: int | None = None
-
-
-Rules = dict[tuple[Pass, str], Rule]
-# By pass and by size: bfloat16 up to a width of 64 is small, one of the two is large, neither is
-# wide. Safe on every GPU.
+# Safe on every GPU.
 DEFAULT: Rules = {
     ('fwd', 'small'): Rule(length=32, warps=2),
     ('fwd', 'large'): Rule(length=32, state_bytes=16384),
@@ -87,29 +13,14 @@ DEFAULT: Rules = {
     ('bwd', 'large'): Rule(length=32, warps=8, stages=1),
     ('bwd', 'wide'): Rule(length=16, warps=8, stages=1),
 }
-# By compute capability.
-TUNED: dict[tuple[int, int], Rules] = {
+RULES: RulesByDevice = {
+    (0, 0): DEFAULT,
     (9, 0): {
         **DEFAULT,
         ('fwd', 'small'): Rule(length=32, warps=2, segment=128, stages=3),
         ('bwd', 'small'): Rule(length=32, warps=2, segment=128),
     },
 }
-
-
-@functools.cache
-def rules_of(device: torch.device) -> tuple[Rules, int]:
-    """Rules of a device and the number of its multiprocessors."""
-    if device.type != 'cuda':
-        return DEFAULT, 1
-    properties = torch.cuda.get_device_properties(device)
-    rules = TUNED.get((properties.major, properties.minor), DEFAULT)
-    return rules, properties.multi_processor_count
-
-
-def _power_of_two(size: int) -> int:
-    """The least power of two that a tile of `size` channels takes."""
-    return max(1 << (size - 1).bit_length(), LEAST)
 
 
 def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
@@ -121,59 +32,4 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
         of: Forward or backward pass.
         rule: Instead of the rule of the device.
     """
-    rules, processors = rules_of(q.device)
-    batch, tokens, heads, key_width = q.shape
-    keys, values = _power_of_two(key_width), _power_of_two(v.shape[-1])
-    short = q.dtype == torch.bfloat16
-    sizes = ('wide', 'large', 'small')
-    rule = rule or rules[of, sizes[short + (max(keys, values) <= 64)]]
-    most_values = rule.state_bytes // (keys * (2 if short else 4))
-    length = min(rule.length, _power_of_two(tokens))
-    warps = rule.warps
-    if q.dtype != torch.float32 and max(length, keys) >= WARPGROUP_ROWS:
-        warps = min(warps, WARPGROUP_WARPS // 2)
-    chunks = -(-tokens // length)
-    if tokens <= rule.at_once:
-        segment = chunks
-    else:
-        fair = batch * heads * chunks // (rule.programs * processors)
-        segment = max(min(fair, rule.segment // length), 1)
-    return Launch(
-        length=length,
-        chunks=chunks,
-        segment=segment,
-        segments=-(-chunks // segment),
-        keys=keys,
-        values=min(values, max(most_values, LEAST)),
-        warps=warps,
-        stages=rule.stages,
-        registers=rule.registers,
-    )
-
-
-class Rows(NamedTuple):
-    """Tensors (B, T, H, channels) as kernels take them.
-
-    Attributes:
-        tensors: The tensors; copies where the channels of a token do not lie side by side.
-        strides: Of sequences, tokens and heads of each tensor in turn, in units of `align`.
-        align: Elements that all strides are multiples of, up to the size of a vector. It is a
-            constant of the compiled kernels, which thus see that rows can be moved in vectors,
-            whatever B and T.
-    """
-
-    tensors: tuple[Tensor, ...]
-    strides: tuple[int, ...]
-    align: int
-
-
-def rows_of(*tensors: Tensor, length: int) -> Rows:
-    """Tensors and strides for kernels with chunks of `length` tokens."""
-    # offsets within a chunk are numbers of 32 bits
-    regular = [
-        x if x.stride(3) == 1 and 0 <= x.stride(1) * length < 2**30 else x.contiguous()
-        for x in tensors
-    ]
-    strides = [stride for x in regular for stride in x.stride()[:3]]
-    align = math.gcd(VECTOR, *strides)
-    return Rows(tuple(regular), tuple(stride // align for stride in strides), align)
+    return divide(q, v, of, RULES, rule)
