@@ -13,11 +13,6 @@ Pass = Literal['fwd', 'bwd']
 VECTOR = 8
 # Least size of a matrix product of Triton.
 LEAST = 16
-# On Hopper, Triton turns products of so many rows into those of warpgroups, in programs of so many
-# warps. The assembler of Triton 3.6 (ptxas 12.8) then may address their operands by the pointer to
-# its stack where registers are spilled: README.md of bi_gla, Implementation in Triton.
-WARPGROUP_ROWS = 64
-WARPGROUP_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -26,7 +21,7 @@ class Rule:
 
     Attributes:
         length: Tokens of a chunk, a power of two of at least 16.
-        warps: Warps of a program, at most; half of those of a warpgroup where that would form one.
+        warps: Warps of a program.
         at_once: Most tokens of a sequence that is one segment, so that no state goes through
             memory.
         segment: Most tokens of a segment of longer sequences.
@@ -116,9 +111,6 @@ def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | No
     rule = rule or rules.get(capability, rules[0, 0])[of, size]
     most_values = rule.state_bytes // (keys * (2 if short else 4))
     length = min(rule.length, _power_of_two(tokens))
-    warps = rule.warps
-    if q.dtype != torch.float32 and max(length, keys) >= WARPGROUP_ROWS:
-        warps = min(warps, WARPGROUP_WARPS // 2)
     chunks = -(-tokens // length)
     if tokens <= rule.at_once:
         segment = chunks
@@ -132,7 +124,7 @@ def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | No
         segments=-(-chunks // segment),
         keys=keys,
         values=min(values, max(most_values, LEAST)),
-        warps=warps,
+        warps=rule.warps,
         stages=rule.stages,
         registers=rule.registers,
     )
