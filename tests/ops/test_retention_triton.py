@@ -250,6 +250,25 @@ def test_division_covers_the_sequence(shape, dtype, width):
         assert launch.segments == 1 or shape[1] > 256
 
 
+@pytest.mark.parametrize(
+    ('uneven', 'expected'),
+    [(None, 4), ('width', 2), ('narrow', 2), ('stride', 2), ('start', 2), ('float32', 8)],
+)
+def test_uneven_rows_of_short_dtypes_get_programs_that_form_no_warpgroup(uneven, expected):
+    from linvis_ops.retention.launch import rows_and_launch
+
+    dtype = torch.float32 if uneven == 'float32' else torch.bfloat16
+    key_width = {'width': 48, 'narrow': 128}.get(uneven, 64)
+    q, k, v, _ = retention_inputs(1, 300, 2, key_width, 32, dtype)
+    if uneven in ('stride', 'float32'):
+        q = torch.nn.functional.pad(q, (0, 1))[..., :-1]
+    elif uneven == 'start':
+        q = torch.zeros(q.numel() + 1, dtype=dtype)[1:].view(q.shape)
+    rows, launch = rows_and_launch('fwd', None, q, k, v)
+    assert launch.warps == expected
+    assert rows.tensors[0].data_ptr() == q.data_ptr()
+
+
 def test_grids_wide_heads_and_float64_are_left_to_pytorch():
     inputs = retention_inputs(1, 6, 200, 3, 3)
     reason = available_backends('retention', *inputs, columns=3)['triton']

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linvis_ops._chunks import Launch, Rows, rows_of
+from linvis_ops._chunks import Launch, Rows
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import (
@@ -25,7 +25,7 @@ from linvis_ops._triton_tiles import (
     state_offsets,
     store_rows,
 )
-from linvis_ops.retention.launch import launch_for
+from linvis_ops.retention.launch import rows_and_launch
 
 # A step whose decay has a logarithm (of base 2) below this forgets all, in float32 as well; its
 # products with distances stay numbers.
@@ -363,8 +363,7 @@ def retention_forward(
     """Output (B, T, H, V), contiguous, in the dtype of v."""
     batch, tokens, heads, key_width = q.shape
     value_width = v.shape[-1]
-    launch = launch or launch_for(q, v, 'fwd')
-    rows = rows_of(q, k, v, length=launch.length)
+    rows, launch = rows_and_launch('fwd', launch, q, k, v)
     log_gamma = log_gamma.contiguous()
     o = v.new_empty(v.shape)
     with on_device(v):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linvis_ops._chunks import Launch, rows_of
+from linvis_ops._chunks import Launch
 from linvis_ops._triton import on_device
 from linvis_ops._triton_tiles import (
     add_product,
@@ -27,7 +27,7 @@ from linvis_ops.retention.kernels_triton import (
     load_log2,
     own_decays,
 )
-from linvis_ops.retention.launch import launch_for
+from linvis_ops.retention.launch import rows_and_launch
 
 
 @triton.jit(
@@ -137,8 +137,7 @@ def retention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v, contiguous, each in the dtype of its tensor."""
     batch, tokens, heads, key_width = q.shape
-    launch = launch or launch_for(q, v, 'bwd')
-    rows = rows_of(q, k, v, go, length=launch.length)
+    rows, launch = rows_and_launch('bwd', launch, q, k, v, go)
     log_gamma = log_gamma.contiguous()
     slices = triton.cdiv(v.shape[-1], launch.values)
     dv = v.new_empty(v.shape)

@@ -1,9 +1,23 @@
 """How the work of the kernels of retention is divided, by rules."""
 
+import torch
 from torch import Tensor
 
-from linvis_ops._chunks import Launch, Pass, Rule, Rules, RulesByDevice, divide
+from linvis_ops._chunks import (
+    LEAST,
+    VECTOR,
+    Launch,
+    Pass,
+    Rows,
+    Rule,
+    Rules,
+    RulesByDevice,
+    divide,
+    rows_of,
+)
 
+# Most tokens of a chunk.
+LONGEST = 256
 # Not tuned: the largest chunks whose kernels spill few registers, and none where they form
 # warpgroups (README.md, Implementation in Triton).
 DEFAULT: Rules = {
@@ -18,10 +32,25 @@ RULES: RulesByDevice = {
     (0, 0): DEFAULT,
     (9, 0): {**DEFAULT, ('bwd', 'small'): Rule(length=64)},
 }
+# For short dtypes whose rows are moved element by element or masked, and for narrow values beside
+# wide keys, where registers are spilled: two warps form no warpgroup.
+UNEVEN = Rule(length=32, warps=2, state_bytes=4096)
+
+
+def is_even(rows: Rows) -> bool:
+    """Whether all rows are whole vectors and fill their tiles, and values are not too narrow."""
+    keys, values = rows.tensors[0].shape[-1], rows.tensors[2].shape[-1]
+    widths = (keys, values)
+    return (
+        rows.align == VECTOR
+        and (keys <= 64 or keys <= 2 * values)
+        and all(width >= LEAST and width & (width - 1) == 0 for width in widths)
+        and all(x.data_ptr() % (VECTOR * x.element_size()) == 0 for x in rows.tensors)
+    )
 
 
 def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
-    """Division for queries (B, T, H, K) and values (B, T, H, V).
+    """Division for queries (B, T, H, K) and values (B, T, H, V) whose rows are even.
 
     Args:
         q: Tensor of the shape and dtype of the queries, on the device in question.
@@ -30,3 +59,19 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
         rule: Instead of the rule of the device.
     """
     return divide(q, v, of, RULES, rule)
+
+
+def rows_and_launch(of: Pass, launch: Launch | None, *tensors: Tensor) -> tuple[Rows, Launch]:
+    """Tensors as the kernels take them and, unless it is given, the division of the work.
+
+    Args:
+        of: Forward or backward pass.
+        launch: Division that is given, or None.
+        tensors: q, k, v, and in the backward pass the gradient by the output.
+    """
+    rows = rows_of(*tensors, length=LONGEST)
+    if launch is None:
+        q, _, v, *_ = tensors
+        uneven = q.dtype != torch.float32 and not is_even(rows)
+        launch = launch_for(q, v, of, UNEVEN if uneven else None)
+    return rows, launch
