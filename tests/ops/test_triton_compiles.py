@@ -1,12 +1,14 @@
 """Every Triton kernel compiles for the GPUs it is meant for; needs no GPU."""
 
+import re
+import subprocess
 from unittest import mock
 
 import pytest
 import torch
 
 from linvis_ops._triton import interpreting
-from linvis_ops.testing import bi_gla_inputs, bi_wkv_inputs
+from linvis_ops.testing import bi_gla_inputs, bi_wkv_inputs, retention_inputs
 
 triton = pytest.importorskip('triton')
 pytestmark = pytest.mark.skipif(interpreting(), reason='the interpreter compiles nothing')
@@ -191,4 +193,109 @@ def test_bi_gla_forms_no_warpgroups(kernels):
         else:
             kernels_triton_backward.bi_gla_backward(v, *inputs, launch=division)
     assert len(kernels) == 6
+    assert not any('wgmma' in kernel.asm['ptx'] for _, kernel in kernels)
+
+
+def launch_retention(rule, of, dtype, key_width, value_width, *, bidirectional, tokens, batch=1):
+    """One pass, divided by a rule."""
+    from linvis_ops.retention import kernels_triton, kernels_triton_backward
+    from linvis_ops.retention.launch import launch_for
+
+    *inputs, log_gamma = detached(retention_inputs(batch, tokens, 2, key_width, value_width, dtype))
+    division = launch_for(inputs[0], inputs[2], of, rule)
+    rest = (*inputs, log_gamma, bidirectional, None, division)
+    if of == 'fwd':
+        kernels_triton.retention_forward(*rest)
+    else:
+        kernels_triton_backward.retention_backward(inputs[2], *rest)
+
+
+def detached(inputs):
+    return [t.detach() for t in inputs]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['f32', 'f16'])
+@pytest.mark.parametrize('tokens', [30, 40])
+def test_retention(compiled, tokens, dtype):
+    from linvis_ops._chunks import Rule
+
+    rule = Rule(length=16, at_once=32, segment=16)
+    for of in ('fwd', 'bwd'):
+        launch_retention(rule, of, dtype, 16, 20, bidirectional=tokens > 30, tokens=tokens)
+    through_memory = {'retention_state_kernel', 'retention_scan_kernel'} if tokens > 32 else set()
+    assert set(compiled) == {'retention_out_kernel', 'retention_gradient_kernel'} | through_memory
+
+
+def test_retention_compiles_once_for_all_batches_and_lengths(kernels):
+    from linvis_ops._chunks import Rule
+
+    rule = Rule(length=16, at_once=16, segment=32)
+    for batch, tokens in ((1, 40), (2, 33), (3, 16 * 16)):
+        for of in ('fwd', 'bwd'):
+            launch_retention(
+                rule, of, torch.bfloat16, 16, 16, bidirectional=False, tokens=tokens, batch=batch
+            )
+    variants = {(name, kernel.hash) for name, kernel in kernels}
+    # the states of the backward pass are two kinds instead of one
+    assert len(variants) == 3 + 2
+
+
+def stack_of(kernel, path):
+    """Bytes of a thread's stack, where spilled registers are."""
+    path.write_bytes(kernel.asm['cubin'])
+    command = [triton.knobs.nvidia.cuobjdump.path, '-res-usage', str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r'STACK:(\d+)', text)[1])
+
+
+SMALL, LARGE = (torch.bfloat16, 64), (torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(
+    ('size', 'of', 'bidirectional'),
+    [
+        (SMALL, 'fwd', False),
+        (SMALL, 'fwd', True),
+        (SMALL, 'bwd', False),
+        (SMALL, 'bwd', True),
+        (LARGE, 'fwd', True),
+        (LARGE, 'bwd', True),
+        ((torch.float16, 64), 'bwd', True),
+        ((torch.float32, 64), 'bwd', True),
+        ((torch.float16, 128), 'bwd', True),
+    ],
+)
+def test_rules_of_retention_fit_the_gpu(kernels, tmp_path, size, of, bidirectional):
+    """Products of warpgroups are without spilled registers: the assembler of Triton 3.6."""
+    from linvis_ops.retention.launch import RULES
+
+    hopper = triton.runtime.driver.active.get_current_target().arch == 90
+    dtype, width = size
+    kind = (
+        'small' if size == SMALL else 'wide' if (dtype, width) == (torch.float16, 128) else 'large'
+    )
+    rule = RULES[(9, 0) if hopper else (0, 0)][of, kind]
+    launch_retention(rule, of, dtype, width, width, bidirectional=bidirectional, tokens=300)
+    assert len(kernels) == 3
+    for name, kernel in kernels:
+        stack = stack_of(kernel, tmp_path / 'kernel.cubin')
+        warpgroups = 'wgmma' in kernel.asm['ptx']
+        assert not (warpgroups and stack), name
+        assert stack <= 256, name
+        assert kernel.metadata.shared <= (99 if size == SMALL else 227) * 1024, name
+
+
+@pytest.mark.parametrize('uneven', ['width', 'stride', 'start'])
+def test_retention_forms_no_warpgroups_of_uneven_rows(kernels, uneven):
+    from linvis_ops.retention.kernels_triton_backward import retention_backward
+
+    width = 48 if uneven == 'width' else 64
+    *inputs, log_gamma = detached(retention_inputs(1, 300, 2, width, width, torch.bfloat16))
+    q, k, v = inputs
+    if uneven == 'stride':
+        q = torch.nn.functional.pad(q, (0, 1))[..., :-1]
+    elif uneven == 'start':
+        q = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    retention_backward(v, q, k, v, log_gamma, True)
+    assert len(kernels) == 3
     assert not any('wgmma' in kernel.asm['ptx'] for _, kernel in kernels)
