@@ -14,10 +14,19 @@ from torch import Tensor
 
 import linvis_ops
 from benchmarks.passes import Function, Shape
-from benchmarks.rivals import COPY, FLA_GLA_TWICE, FLA_RWKV4_TWICE, SDPA, Rival
+from benchmarks.rivals import (
+    COPY,
+    FLA_GLA_TWICE,
+    FLA_RETENTION,
+    FLA_RWKV4_TWICE,
+    SDPA,
+    Rival,
+)
 from linvis_ops import testing
 
 ROOT = Path(__file__).resolve().parents[2]
+# Files of tests of an operator: test_<operator><kind>.py.
+KINDS = ('', '_cuda', '_gpu', '_stream', '_triton')
 Inputs = tuple[Tensor, ...]
 Traffic = Callable[[Shape, int], tuple[int, int]]
 
@@ -118,6 +127,14 @@ def gla_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
     return size * (4 * keys + 2 * values), size * (8 * keys + 3 * values)
 
 
+def retention_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+    """Least traffic of retention; the decays of the heads are small."""
+    size = shape['B'] * shape['T'] * shape['H'] * itemsize
+    keys, values = shape['K'], shape['V']
+    # q, k, v, o; q, k, v again, the gradient by o, one gradient of each input
+    return size * (2 * keys + 2 * values), size * (4 * keys + 3 * values)
+
+
 def token_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     """x, (B, T, C), which requires gradients."""
     size = shape['B'], tokens(shape), shape['C']
@@ -165,6 +182,22 @@ OPERATORS = (
         ),
         traffic=gla_traffic,
         rivals=(*SDPA, FLA_GLA_TWICE, COPY),
+    ),
+    # causal, in a sequence
+    Operator(
+        name='retention',
+        axes=('B', 'T', 'H', 'K', 'V'),
+        shapes=(
+            (128, 197, 6, 64, 64),
+            (64, 1024, 6, 64, 64),
+            (16, 4096, 12, 64, 64),
+            (4, 16384, 6, 64, 64),
+        ),
+        inputs=lambda s, dtype, device: testing.retention_inputs(
+            s['B'], s['T'], s['H'], s['K'], s['V'], dtype, device
+        ),
+        traffic=retention_traffic,
+        rivals=(*SDPA, FLA_RETENTION, COPY),
     ),
     Operator(
         name='q_shift',

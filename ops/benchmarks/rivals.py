@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.passes import Copies, Function, Runnable, Shape
-from linvis_ops.testing import bi_gla_inputs
+from linvis_ops.testing import bi_gla_inputs, retention_inputs
 
 HEAD_WIDTH = 64
 _HALF = (torch.float16, torch.bfloat16)
@@ -139,3 +139,17 @@ def _fla_gla(shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, 
 
 # The causal gated linear attention of fla-core, run once each way as above: this operator.
 FLA_GLA_TWICE = Rival('fla_gla_x2', _fla_gla)
+
+
+def _fla_retention(
+    shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]
+) -> Runnable:
+    retention = imported('fla.ops.retention', 'fla-core', 'chunk_retention')
+    batch, tokens, heads, keys, values = (shape[axis] for axis in 'BTHKV')
+    q, k, v, _ = retention_inputs(batch, tokens, heads, keys, values, dtype, device)
+    return Function(lambda: retention(q=q, k=k, v=v)[0], (q, k, v))
+
+
+# The causal retention of fla-core. Its decays are those of RetNet, 1 - 2^-5 for the first head and
+# nearer to 1 for each that follows.
+FLA_RETENTION = Rival('fla_retention', _fla_retention)

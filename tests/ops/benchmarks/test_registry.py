@@ -11,6 +11,7 @@ from benchmarks.passes import PASSES, Copies, Function
 from benchmarks.registry import OPERATORS, elements, named, tokens
 from benchmarks.rivals import (
     FLA_GLA_TWICE,
+    FLA_RETENTION,
     FLA_RWKV4_TWICE,
     SDPA,
     UnavailableError,
@@ -21,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[3]
 TINY = {
     'bi_wkv': (2, 6, 8),
     'bi_gla': (2, 6, 3, 4, 5),
+    'retention': (2, 6, 3, 4, 5),
     'q_shift': (2, 2, 3, 8),
     'q_shift_mix': (2, 2, 3, 8),
 }
-GLA = dict(zip('BTHKV', TINY['bi_gla'], strict=True))
+GLA = dict(zip('BTHKV', TINY['bi_gla'], strict=True))  # of retention, too
 PRESENT = [pytest.param(o, id=o.name) for o in OPERATORS if not o.missing()]
 
 
@@ -140,6 +142,8 @@ def test_unknown_pass_is_refused():
         # 512 and 896 bytes a token and head
         ('bi_gla', (128, 196, 3, 32, 64), 'bfloat16', 38_535_168, 67_436_544),
         ('bi_gla', (2, 16640, 4, 16, 32), 'float32', 68_157_440, 119_275_520),
+        # 512 and 896
+        ('retention', (128, 197, 6, 64, 64), 'bfloat16', 77_463_552, 135_561_216),
         # 4 and 4
         ('q_shift', (128, 14, 14, 192), 'bfloat16', 19_267_584, 19_267_584),
         # 8 and 10
@@ -213,6 +217,8 @@ def test_absent_library_is_named(monkeypatch):
         FLA_RWKV4_TWICE.prepare({'B': 1, 'T': 2, 'C': 3}, torch.float32, 'cpu', {})
     with pytest.raises(UnavailableError, match='fla-core cannot be used'):
         FLA_GLA_TWICE.prepare(GLA, torch.float32, 'cpu', {})
+    with pytest.raises(UnavailableError, match='fla-core cannot be used'):
+        FLA_RETENTION.prepare(GLA, torch.float32, 'cpu', {})
     with pytest.raises(UnavailableError, match='mathematics cannot be used'):
         imported('math', 'mathematics', 'squareroot')
 
@@ -231,17 +237,36 @@ def test_fla_runs_once_each_way(monkeypatch):
     assert len(function.call('fwd+bwd').run()) == 4
 
 
-def test_two_runs_of_fla_are_the_operator(monkeypatch):
-    def causal(q, k, v, g):
-        state, outputs = 0, []
-        for t in range(q.shape[1]):
-            state = g[:, t, :, :, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None]
-            outputs.append(torch.einsum('bhk,bhkv->bhv', q[:, t], state) * q.shape[-1] ** -0.5)
-        return torch.stack(outputs, 1), None
+def causal(q, k, v, g):
+    """What fla-core computes, token by token, for log gates g."""
+    state, outputs = 0, []
+    for t in range(q.shape[1]):
+        state = g[:, t, :, :, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(torch.einsum('bhk,bhkv->bhv', q[:, t], state) * q.shape[-1] ** -0.5)
+    return torch.stack(outputs, 1), None
 
+
+def test_two_runs_of_fla_are_the_operator(monkeypatch):
     monkeypatch.setattr('benchmarks.rivals.imported', lambda *_: causal)
     function = FLA_GLA_TWICE.prepare(GLA, torch.float32, 'cpu', {})
     (operator,) = named(['bi_gla'])
+    expected = operator.prepare(GLA, torch.float32, 'cpu', 'reference')
+    for pass_name in ('fwd', 'fwd+bwd'):
+        torch.manual_seed(3)
+        actual = flat(function.call(pass_name).run())
+        torch.manual_seed(3)
+        torch.testing.assert_close(actual, flat(expected.call(pass_name).run()))
+
+
+def test_retention_of_fla_is_the_operator_but_for_its_decays(monkeypatch):
+    (operator,) = named(['retention'])
+    *_, log_gamma = operator.inputs(GLA, torch.float32, 'cpu')
+
+    def retention(q, k, v):
+        return causal(q, k, v, log_gamma[:, None].expand(q.shape))
+
+    monkeypatch.setattr('benchmarks.rivals.imported', lambda *_: retention)
+    function = FLA_RETENTION.prepare(GLA, torch.float32, 'cpu', {})
     expected = operator.prepare(GLA, torch.float32, 'cpu', 'reference')
     for pass_name in ('fwd', 'fwd+bwd'):
         torch.manual_seed(3)
