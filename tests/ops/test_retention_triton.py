@@ -153,7 +153,8 @@ def test_every_division_computes_the_definition(device, division, direction, gam
     chunks = -(-tokens // length)
     values = 20 if division != LONG_SCAN else 16
     dtype = DTYPES[dtype]
-    inputs = detached(retention_inputs(1, tokens, 1, 6, values, dtype, device, gamma=gamma))
+    heads = 2 if gamma is None else 1
+    inputs = detached(retention_inputs(1, tokens, heads, 6, values, dtype, device, gamma=gamma))
     exact = [t.cpu().double() for t in inputs]
     go = torch.randn(inputs[2].shape).to(device, dtype)
     # two slices of 20 values
