@@ -1,0 +1,216 @@
+"""Class or label map of a very large picture, taken in bands of rows: what tools/stream.py does.
+
+A causal ViR needs of the rows so far only states of fixed size: the memory of the network does not
+grow with the height of the picture.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import ProgressBar
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from linvis import compat
+from linvis.engine import config as configs
+from linvis.engine.devices import resolve_placement
+from linvis.engine.errors import LaunchError
+from linvis.models import ViR
+from linvis.utils.checkpoint import load_state_dict_into
+
+# Classes that are printed for a picture.
+SHOWN = 5
+
+
+def stream(args: argparse.Namespace) -> None:
+    """Classify or segment a picture as the command line says.
+
+    Args:
+        args: Result of `linvis.cli.stream_parser()`.
+
+    Raises:
+        LaunchError: If config, checkpoint or picture cannot be used.
+    """
+    cfg = configs.load_config(args.config, args.cfg_options)
+    if 'model' not in cfg:
+        raise LaunchError(f'Config {args.config} has no model.')
+    placement = resolve_placement(args.device, 'none')
+    compat.install()
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if args.band < 1:
+        raise LaunchError(f'--band must be at least 1, not {args.band}.')
+    picture = open_picture(Path(args.picture))
+    model = MODELS.build(cfg.model)
+    if args.checkpoint != 'none':
+        load_state_dict_into(model, args.checkpoint)
+    model.to(placement.device).eval()
+    step = args.band * _streamed_backbone(model).patch_size
+    bands = _with_progress(bands_of(picture, step), -(-picture.shape[0] // step))
+    if hasattr(model, 'decode_head'):
+        labels = np.empty(picture.shape[:2], np.uint8)
+        row = 0
+        for part in segment(model, bands, picture.shape[0]):
+            labels[row : row + len(part)] = part
+            row += len(part)
+        out = Path(args.out or f'{Path(args.picture).stem}_labels.png')
+        Image.fromarray(labels).save(out)
+        sys.stdout.write(f'\nLabel map: {out}\n')
+        return
+    scores = classify(model, bands, picture.shape[0])
+    sys.stdout.write('\n')
+    for place in scores.argsort(descending=True)[:SHOWN].tolist():
+        sys.stdout.write(f'class {place:5}  {scores[place].item():.4f}\n')
+
+
+def open_picture(path: Path) -> np.ndarray:
+    """Pixels (H, W, 3) in RGB, bytes.
+
+    A .npy file of that shape is mapped and read band by band; other pictures are decoded as a
+    whole into the memory of the host.
+
+    Raises:
+        LaunchError: If it is no such file.
+    """
+    if not path.is_file():
+        raise LaunchError(f'There is no picture {path}; check the path.')
+    if path.suffix == '.npy':
+        pixels = np.load(path, mmap_mode='r')
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise LaunchError(
+                f'{path} must hold bytes of shape (H, W, 3), got {pixels.dtype} {pixels.shape}.'
+            )
+        return pixels
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large is what this is for
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert('RGB'))
+    except (UnidentifiedImageError, OSError) as error:
+        raise LaunchError(f'{path} cannot be read as a picture: {error}.') from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def bands_of(picture: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Parts of a picture (H, W, 3) from top to bottom, of so many rows; the last has the rest."""
+    for start in range(0, picture.shape[0], rows):
+        yield picture[start : start + rows]
+
+
+def classify(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Tensor:
+    """Scores (softmax) of the classes of a picture in bands, shape (classes,).
+
+    Args:
+        model: Classifier with a causal ViR, in evaluation mode.
+        bands: Parts (h, W, 3) of the picture in RGB.
+        height: Rows of the whole picture.
+
+    Raises:
+        LaunchError: If the model cannot take a picture in bands.
+    """
+    backbone = _streamed_backbone(model)
+    if getattr(model, 'neck', None) is not None or backbone.out_type not in (
+        'cls_token',
+        'avg_featmap',
+    ):
+        raise LaunchError(
+            "A classifier that takes a picture in bands needs out_type='cls_token' or "
+            f"'avg_featmap' and no neck, got {backbone.out_type!r}."
+        )
+    (features,) = backbone.stream(_normalised(model, bands), height)
+    with torch.no_grad():
+        return model.head(features)[0].float().softmax(-1)  # type: ignore[operator]
+
+
+def segment(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Iterator[np.ndarray]:
+    """Label map of a picture in bands, some rows (h, W) of bytes at a time.
+
+    Scores are resampled (bilinear) to pixels, as for a whole picture; the rows that need tokens of
+    the next band come with that.
+
+    Args:
+        model: Segmentor with a causal ViR and a head that looks at one token at a time, in
+            evaluation mode.
+        bands: Parts (h, W, 3) of the picture in RGB.
+        height: Rows of the whole picture.
+
+    Raises:
+        LaunchError: If the model cannot take a picture in bands.
+    """
+    backbone = _streamed_backbone(model)
+    head: nn.Module = model.decode_head  # type: ignore[assignment]
+    convolutions = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
+    if (
+        getattr(model, 'neck', None) is not None
+        or backbone.out_type != 'featmap'
+        or type(head).__name__ != 'FCNHead'
+        or any(m.kernel_size != (1, 1) for m in convolutions)
+    ):
+        raise LaunchError(
+            "A segmentor that takes a picture in bands needs out_type='featmap', no neck, and an "
+            f'FCNHead whose convolutions see one token (kernel_size=1), got {type(head).__name__}.'
+        )
+    patch = backbone.patch_size
+    above: Tensor | None = None  # scores of the last row of tokens so far
+    begin = done = 0  # rows of pixels: of what the tokens at hand cover, and that are out
+    for maps, (pixels, width) in _together(backbone, _normalised(model, bands), height):
+        with torch.no_grad():
+            scores = head(maps)  # (1, classes, rows, columns)
+            if above is not None:
+                scores = torch.cat((above, scores), 2)
+            whole = F.interpolate(scores, scale_factor=patch, mode='bilinear', align_corners=False)
+        # what lies below the middle of the last row of tokens needs the tokens that follow
+        last = begin + (scores.shape[2] - 1) * patch
+        end = height if pixels == height else last + patch // 2
+        yield whole[0, :, done - begin : end - begin, :width].argmax(0).byte().cpu().numpy()
+        above, begin, done = scores[:, :, -1:], last, end
+
+
+def _together(
+    backbone: ViR, bands: Iterator[Tensor], height: int
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[int, int]]]:
+    """Features of each band, with the rows of pixels so far and the width."""
+    size = [0, 0]
+
+    def counted() -> Iterator[Tensor]:
+        for band in bands:
+            size[0] += band.shape[-2]
+            size[1] = band.shape[-1]
+            yield band
+
+    for maps in backbone.stream(counted(), height):
+        yield maps, (size[0], size[1])
+
+
+def _streamed_backbone(model: nn.Module) -> ViR:
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, ViR) or backbone.direction != 'causal':
+        raise LaunchError(
+            'Only a model with a causal ViR takes a picture in bands, got '
+            f'{type(backbone).__name__}; see docs/models/vir.md.'
+        )
+    return backbone
+
+
+def _normalised(model: nn.Module, bands: Iterable[np.ndarray]) -> Iterator[Tensor]:
+    """Bands as the model's data preprocessor would give them: (1, 3, h, W)."""
+    preprocessor: Any = model.data_preprocessor
+    to_rgb = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', False))
+    for band in bands:
+        pixels = band if to_rgb else band[..., ::-1]
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # it may be mapped read-only
+        x = x.to(preprocessor.mean.device).float()
+        yield (x - preprocessor.mean) / preprocessor.std
+
+
+def _with_progress(bands: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    progress = ProgressBar(count)
+    for band in bands:
+        yield band
+        progress.update()
