@@ -15,7 +15,6 @@ from linvis.models.layers.retention import Retention
 from linvis.registry import MODELS
 
 EPS = 1e-6
-INITIAL_STD = 0.02
 CONV_STAGES = 2
 REQUIRED_SETTINGS = ('embed_dims', 'depths', 'num_heads')
 
@@ -93,11 +92,11 @@ class HybridViR(HierarchicalBackbone):
         dims = widths(embed_dims, depths)
         drop_step = drop_path_rate / max(sum(depths) - 1, 1)
         drops = (drop_step * index for index in count())
-        stages: list[list[nn.Module]] = [
+        conv_stages = [
             [ConvBlock(channels, next(drops)) for _ in range(depth)]
             for channels, depth in zip(dims[:CONV_STAGES], depths, strict=False)
         ]
-        stages += [
+        retention_stages = [
             [
                 PreNormBlock(
                     next(drops),
@@ -117,7 +116,7 @@ class HybridViR(HierarchicalBackbone):
         super().__init__(
             in_channels=in_channels,
             embed_dims=embed_dims,
-            stages=stages,
+            stages=[*conv_stages, *retention_stages],
             out_indices=out_indices,
             out_type=out_type,
             frozen_stages=frozen_stages,
@@ -126,6 +125,4 @@ class HybridViR(HierarchicalBackbone):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INITIAL_STD)
                 nn.init.zeros_(module.bias)
-        self._freeze()
