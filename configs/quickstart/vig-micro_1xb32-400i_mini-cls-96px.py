@@ -3,8 +3,8 @@
 Shows that training and testing work; the scores say nothing about ImageNet-1k. The network is
 ViG with 96 channels, 3 heads, 6 layers and patches of 12 pixels, to be quick on a CPU.
 Data: 203 training and 97 validation crops of data/mini/imagenet, at 96 px.
-Hardware: one GPU, or a CPU with 2 cores. Time: TIME_CLS
-Expected: EXPECTED_CLS
+Hardware: one GPU, or a CPU with 2 cores. Time: not measured yet.
+Expected: not measured yet.
 Command: python tools/quickstart.py --backbone vig --tasks classification, or
     python tools/train.py configs/quickstart/vig-micro_1xb32-400i_mini-cls-96px.py
 """
