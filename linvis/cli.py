@@ -24,6 +24,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
         default='auto',
         help='auto (a GPU if there is one), cpu, cuda, or cuda:N without launcher',
     )
+    _add_cfg_options(parser)
+    parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -33,9 +40,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help='settings that replace those of the config, e.g. train_cfg.max_epochs=3; '
         'lists as key=[a,b]; quote brackets and write no spaces',
     )
-    parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
-    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    return parser
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -79,9 +83,11 @@ def stream_parser() -> argparse.ArgumentParser:
     parser.add_argument('checkpoint', help="checkpoint file, or 'none' for random weights")
     parser.add_argument('picture', help='picture file, or .npy of bytes (H, W, 3) in RGB')
     parser.add_argument('--band', type=int, default=16, help='rows of patches in a band')
-    parser.add_argument('--out', help='PNG file of the label map; default: PICTURE_labels.png')
+    parser.add_argument(
+        '--out', help='PNG file of the label map of a segmentor; default: PICTURE_labels.png'
+    )
     parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
+    _add_cfg_options(parser)
     parser.set_defaults(launcher='none', local_rank=None)
     return parser
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import ProgressBar
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from linvis import compat
@@ -27,6 +27,8 @@ from linvis.utils.checkpoint import load_state_dict_into
 
 # Classes that are printed for a picture.
 SHOWN = 5
+# Of a label map, one byte a pixel.
+MOST_CLASSES = 256
 
 
 def stream(args: argparse.Namespace) -> None:
@@ -38,31 +40,33 @@ def stream(args: argparse.Namespace) -> None:
     Raises:
         LaunchError: If config, checkpoint or picture cannot be used.
     """
+    compat.install()  # before the config, which may inherit from the libraries
     cfg = configs.load_config(args.config, args.cfg_options)
     if 'model' not in cfg:
         raise LaunchError(f'Config {args.config} has no model.')
     placement = resolve_placement(args.device, 'none')
-    compat.install()
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if args.band < 1:
         raise LaunchError(f'--band must be at least 1, not {args.band}.')
+    out = Path(args.out or f'{Path(args.picture).stem}_labels.png')
+    if out.suffix != '.png' or not out.parent.is_dir():
+        raise LaunchError(f'--out must be a .png file in a folder that exists, not {out}.')
     picture = open_picture(Path(args.picture))
+    if 'data_preprocessor' in cfg:  # as mmengine's runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
     if args.checkpoint != 'none':
         load_state_dict_into(model, args.checkpoint)
     model.to(placement.device).eval()
     step = args.band * _streamed_backbone(model).patch_size
     bands = _with_progress(bands_of(picture, step), -(-picture.shape[0] // step))
-    if hasattr(model, 'decode_head'):
-        labels = np.empty(picture.shape[:2], np.uint8)
-        row = 0
-        for part in segment(model, bands, picture.shape[0]):
-            labels[row : row + len(part)] = part
-            row += len(part)
-        out = Path(args.out or f'{Path(args.picture).stem}_labels.png')
+    if getattr(model, 'decode_head', None) is not None:
+        labels = np.concatenate(list(segment(model, bands, picture.shape[0])))
         Image.fromarray(labels).save(out)
         sys.stdout.write(f'\nLabel map: {out}\n')
         return
+    if args.out:
+        raise LaunchError('--out is for label maps, and this model is no segmentor.')
     scores = classify(model, bands, picture.shape[0])
     sys.stdout.write('\n')
     for place in scores.argsort(descending=True)[:SHOWN].tolist():
@@ -81,16 +85,22 @@ def open_picture(path: Path) -> np.ndarray:
     if not path.is_file():
         raise LaunchError(f'There is no picture {path}; check the path.')
     if path.suffix == '.npy':
-        pixels = np.load(path, mmap_mode='r')
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        try:
+            pixels = np.load(path, mmap_mode='r')
+        except (ValueError, OSError) as error:
+            raise LaunchError(f'{path} cannot be read as an array: {error}.') from None
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise LaunchError(
-                f'{path} must hold bytes of shape (H, W, 3), got {pixels.dtype} {pixels.shape}.'
+                f'{path} must hold bytes (H, W, 3), at least one pixel, got {pixels.dtype} '
+                f'{pixels.shape}.'
             )
         return pixels
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large is what this is for
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert('RGB'))
+            if image.mode.startswith(('I', 'F')):
+                raise LaunchError(f'{path} has more than 8 bits a channel ({image.mode}).')
+            return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
     except (UnidentifiedImageError, OSError) as error:
         raise LaunchError(f'{path} cannot be read as a picture: {error}.') from None
     finally:
@@ -123,6 +133,11 @@ def classify(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Tens
             "A classifier that takes a picture in bands needs out_type='cls_token' or "
             f"'avg_featmap' and no neck, got {backbone.out_type!r}."
         )
+    if type(model.head).__name__ != 'LinearClsHead':
+        raise LaunchError(
+            'A classifier that takes a picture in bands needs a LinearClsHead, got '
+            f'{type(model.head).__name__}.'
+        )
     (features,) = backbone.stream(_normalised(model, bands), height)
     with torch.no_grad():
         return model.head(features)[0].float().softmax(-1)  # type: ignore[operator]
@@ -131,8 +146,8 @@ def classify(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Tens
 def segment(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Iterator[np.ndarray]:
     """Label map of a picture in bands, some rows (h, W) of bytes at a time.
 
-    Scores are resampled (bilinear) to pixels, as for a whole picture; the rows that need tokens of
-    the next band come with that.
+    Scores are resampled (bilinear) to the pixels of the picture as mmseg does it for the whole;
+    rows that need tokens of the next band come with that.
 
     Args:
         model: Segmentor with a causal ViR and a head that looks at one token at a time, in
@@ -151,25 +166,38 @@ def segment(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Itera
         or backbone.out_type != 'featmap'
         or type(head).__name__ != 'FCNHead'
         or any(m.kernel_size != (1, 1) for m in convolutions)
+        or head.align_corners
     ):
         raise LaunchError(
             "A segmentor that takes a picture in bands needs out_type='featmap', no neck, and an "
-            f'FCNHead whose convolutions see one token (kernel_size=1), got {type(head).__name__}.'
+            'FCNHead whose convolutions see one token (kernel_size=1), without align_corners; got '
+            f'{type(head).__name__}.'
         )
-    patch = backbone.patch_size
-    above: Tensor | None = None  # scores of the last row of tokens so far
-    begin = done = 0  # rows of pixels: of what the tokens at hand cover, and that are out
+    if not 1 < head.out_channels <= MOST_CLASSES:  # type: ignore[operator]
+        raise LaunchError(
+            f'Label maps are of 2 to {MOST_CLASSES} classes with a score each, got '
+            f'{head.out_channels}.'
+        )
+    rows = backbone.patch_embed.grid_of(height, 1)[0]
+    at_hand: Tensor | None = None  # scores of the rows of tokens first..last
+    first = done = 0
     for maps, (pixels, width) in _together(backbone, _normalised(model, bands), height):
         with torch.no_grad():
             scores = head(maps)  # (1, classes, rows, columns)
-            if above is not None:
-                scores = torch.cat((above, scores), 2)
-            whole = F.interpolate(scores, scale_factor=patch, mode='bilinear', align_corners=False)
-        # what lies below the middle of the last row of tokens needs the tokens that follow
-        last = begin + (scores.shape[2] - 1) * patch
-        end = height if pixels == height else last + patch // 2
-        yield whole[0, :, done - begin : end - begin, :width].argmax(0).byte().cpu().numpy()
-        above, begin, done = scores[:, :, -1:], last, end
+            at_hand = scores if at_hand is None else torch.cat((at_hand[:, :, -1:], scores), 2)
+            last = first + at_hand.shape[2] - 1
+            # a row of pixels p lies at (p + 1/2) rows / height - 1/2, between two rows of tokens
+            end = height if pixels == height else -((rows - (2 * last + 1) * height) // (2 * rows))
+            at = (torch.arange(done, end) + 0.5) * (rows / height) - 0.5
+            at = at.clamp(min=0).to(at_hand.device)
+            above = at.floor().long()
+            below = (above + 1).clamp(max=last)
+            share = (at - above).to(at_hand.dtype)[:, None]
+            lines = torch.lerp(at_hand[:, :, above - first], at_hand[:, :, below - first], share)
+            size = end - done, width
+            lines = F.interpolate(lines, size, mode='bilinear', align_corners=False)
+        yield lines[0].argmax(0).byte().cpu().numpy()
+        first, done = last, end
 
 
 def _together(
@@ -202,11 +230,13 @@ def _normalised(model: nn.Module, bands: Iterable[np.ndarray]) -> Iterator[Tenso
     """Bands as the model's data preprocessor would give them: (1, 3, h, W)."""
     preprocessor: Any = model.data_preprocessor
     to_rgb = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', False))
+    normalises = getattr(preprocessor, '_enable_normalize', False)
+    device = next(model.parameters()).device
     for band in bands:
         pixels = band if to_rgb else band[..., ::-1]
         x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # it may be mapped read-only
-        x = x.to(preprocessor.mean.device).float()
-        yield (x - preprocessor.mean) / preprocessor.std
+        x = x.to(device).float()
+        yield (x - preprocessor.mean) / preprocessor.std if normalises else x
 
 
 def _with_progress(bands: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

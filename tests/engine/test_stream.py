@@ -1,11 +1,12 @@
 """tools/stream.py: bands give what the whole picture gives."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
@@ -15,6 +16,11 @@ from linvis.cli import main_stream
 from linvis.engine import stream
 from linvis.engine.errors import LaunchError
 
+compat.install()
+
+from mmseg.structures import SegDataSample  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 BACKBONE = """dict(
         type='linvis.ViR', arch=dict(embed_dims=16, depth=2, num_heads=2), img_size=32,
         patch_size=8, retention='2d', layer_scale_init=1.0, out_type='{out_type}',
@@ -77,11 +83,14 @@ def normalised(picture):
     return (x - mean[:, None, None]) / std[:, None, None]
 
 
-@torch.no_grad()
 def whole_labels(model, picture):
-    scores = model.decode_head(model.backbone(normalised(picture)))
-    scores = F.interpolate(scores, scale_factor=8, mode='bilinear', align_corners=False)
-    return scores[0, :, : picture.shape[0], : picture.shape[1]].argmax(0).numpy()
+    """As tools/test.py computes them."""
+    sample = SegDataSample(
+        metainfo={'img_shape': picture.shape[:2], 'ori_shape': picture.shape[:2]}
+    )
+    bgr = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1)
+    (result,) = model.test_step({'inputs': [bgr], 'data_samples': [sample]})
+    return result.pred_sem_seg.data[0].numpy()
 
 
 @pytest.mark.parametrize('band', [1, 2, 9])
@@ -127,6 +136,9 @@ def test_label_map_is_written(capsys):
         (("retention='2d'", "retention='2d', direction='bidirectional'"), 'with a causal ViR'),
         (('kernel_size=1', 'kernel_size=3'), None),
         (('num_convs=0, kernel_size=1', 'num_convs=1, kernel_size=3'), 'kernel_size=1'),
+        (('num_classes=5', 'num_classes=5, align_corners=True'), 'without align_corners'),
+        (('num_classes=5', 'num_classes=300'), 'of 2 to 256 classes with a score each, got 300'),
+        (('num_classes=5', 'num_classes=2, out_channels=1, threshold=0.5'), 'a score each, got 1'),
     ],
 )
 def test_models_that_need_the_whole_picture_are_refused(change, message):
@@ -150,10 +162,11 @@ def test_classifier_with_a_neck_is_refused():
     [
         (['model.pth', 'none.png'], 'There is no picture none.png'),
         (['model.pth', 'config.py'], 'config.py cannot be read as a picture'),
-        (
-            ['model.pth', 'bad.npy'],
-            'bad.npy must hold bytes of shape (H, W, 3), got float64 (2, 2)',
-        ),
+        (['model.pth', 'bad.npy'], 'hold bytes (H, W, 3), at least one pixel, got float64 (2, 2)'),
+        (['model.pth', 'text.npy'], 'text.npy cannot be read as an array'),
+        (['model.pth', 'deep.png'], 'deep.png has more than 8 bits a channel (I;16)'),
+        (['model.pth', 'picture.npy', '--out', 'x/y.png'], '--out must be a .png file in a folder'),
+        (['model.pth', 'picture.npy', '--out', 'y.png'], '--out is for label maps'),
         (['none.pth', 'picture.npy'], 'There is no checkpoint file none.pth'),
         (['model.pth', 'picture.npy', '--band', '0'], '--band must be at least 1, not 0'),
     ],
@@ -162,7 +175,35 @@ def test_mistakes_are_told_in_one_sentence(options, message, capsys):
     built(CLASSIFIER)
     np.save('picture.npy', picture_of(16, 16))
     np.save('bad.npy', np.zeros((2, 2)))
+    Path('text.npy').write_text('text')
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save('deep.png')
     assert main_stream(['config.py', *options, '--device', 'cpu']) == 1
     error = capsys.readouterr().err
     assert message in error
     assert 'Traceback' not in error
+
+
+def test_config_on_a_library_and_preprocessor_beside_the_model():
+    base = ROOT / 'configs' / 'sanity' / '_base_' / 'upernet_ade20k-40-512x512.py'
+    Path('on_mmseg.py').write_text(
+        f"_base_ = '{base}'\n" + SEGMENTOR.replace('model = dict(', 'model = dict(_delete_=True,')
+    )
+    line = f'    data_preprocessor=dict({PREPROCESSOR}, to_rgb=True),\n'
+    beside = CLASSIFIER.replace(line, '') + line.strip(' ,\n')
+    Path('beside.py').write_text(beside)
+    np.save('picture.npy', picture_of(40, 24))
+    for config in ('on_mmseg.py', 'beside.py'):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / 'tools/stream.py'), config, 'none', 'picture.npy',
+             '--device', 'cpu'],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_picture_is_turned_as_its_camera_says():
+    image = Image.fromarray(picture_of(20, 40))
+    exif = image.getexif()
+    exif[274] = 6
+    image.save('turned.jpg', exif=exif)
+    assert stream.open_picture(Path('turned.jpg')).shape == (40, 20, 3)

@@ -161,6 +161,10 @@ class ViR(TokenBackbone):
         tokens, hw = super().embed(images)
         return self.with_cls_token(tokens), hw
 
+    def check_band(self, band: Tensor) -> None:
+        """Raise ValueError unless these are parts of pictures (B, in_channels, h, W)."""
+        self._check_images(band)
+
     def embed_band(self, band: Tensor, first_row: int, whole_hw: tuple[int, int]) -> Tensor:
         """Tokens (B, rows * Wp, C) of some rows of a picture, with their positions.
 
@@ -168,11 +172,7 @@ class ViR(TokenBackbone):
             band: Shape (B, in_channels, h, W).
             first_row: Row of tokens of the whole picture that the band begins with.
             whole_hw: Grid of the whole picture.
-
-        Raises:
-            ValueError: As `TokenBackbone.embed`.
         """
-        self._check_images(band)
         tokens, hw = self.patch_embed(band)
         rows = range(first_row, first_row + hw[0])
         positions = resize_position_embedding_rows(self.pos_embed, self.pos_grid, whole_hw, rows)
@@ -180,7 +180,7 @@ class ViR(TokenBackbone):
 
     def with_cls_token(self, tokens: Tensor) -> Tensor:
         """Tokens with the class token behind them, (B, T + 1, C)."""
-        cls_token = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
+        cls_token = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat((tokens, cls_token), dim=1)
 
     def _format(self, tokens: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -224,6 +224,8 @@ class ViR(TokenBackbone):
                 "stream needs direction='causal'; the rows of a bidirectional backbone depend on "
                 'those below them.'
             )
+        if not isinstance(height, int) or height < 1:
+            raise ValueError(f'height must be a number of rows from 1 on, got {height!r}.')
         return stream_features(self, bands, height)
 
 
