@@ -19,6 +19,7 @@ model = dict(
         _delete_=True,
         type='linvis.ViR',
         arch=dict(embed_dims=96, depth=6, num_heads=3),
+        layer_scale_init=1.0,  # from 1e-5 the layers come in late in a run this short
         retention='2d',
         direction='bidirectional',
     ),

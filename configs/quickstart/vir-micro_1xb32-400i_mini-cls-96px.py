@@ -16,6 +16,7 @@ model = dict(
     backbone=dict(
         type='linvis.ViR',
         arch=dict(embed_dims=96, depth=6, num_heads=3),
+        layer_scale_init=1.0,  # from 1e-5 the layers come in late in a run this short
         retention='2d',
         direction='causal',
         img_size=96,
