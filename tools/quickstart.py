@@ -6,6 +6,7 @@ Beside a GPU the tasks run at the same time: networks this small leave it idle m
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -274,8 +275,14 @@ class Quickstart:
 
 
 def digest_of(config: Path) -> str:
-    """Returns what changes with a config or with the recipes beside it that it builds on."""
-    files = [config, *sorted((config.parent / '_base_').glob('*.py'))]
+    """Returns what changes with a config or with a config of this project that it builds on."""
+    files = [config]
+    for file in files:  # grows on the way
+        for statement in ast.parse(file.read_text()).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets) == '_base_':
+                bases = ast.literal_eval(statement.value)
+                bases = [bases] if isinstance(bases, str) else bases
+                files += [file.parent / base for base in bases if '::' not in base]
     return hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
 
 
