@@ -246,6 +246,12 @@ def test_bidirectional_backbone_cannot_be_streamed():
     ('options', 'message'),
     [
         ({'arch': {**ARCH, 'num_heads': 3}}, '16 channels and 3 heads'),
+        ({'arch': {**ARCH, 'num_heads': 2.0}}, 'num_heads of an arch must be a whole number'),
+        (
+            {'arch': {**ARCH, 'depth': 0}},
+            'depth of an arch must be a whole number from 1 on, got 0',
+        ),
+        ({'patch_size': 0}, 'patch_size must be at least 1, got 0'),
         ({'arch': 'tiny'}, 'arch must be one of small, base, large'),
         ({'retention': '3d'}, "retention must be one of 1d, 2d, got '3d'"),
         ({'direction': 'forward'}, "direction must be one of causal, bidirectional, got 'forward'"),

@@ -51,6 +51,7 @@ def test_drop_path_grows_along_the_blocks():
     [
         ({'arch': {**ARCH, 'num_heads': (2,)}}, 'the heads of those after the first two, got'),
         ({'arch': {**ARCH, 'depths': (1, 1), 'num_heads': ()}}, 'at least three stages'),
+        ({'arch': {**ARCH, 'depths': 3}}, 'depths of an arch must be whole numbers from 1 on'),
         ({'retention': '3d'}, "retention must be one of 1d, 2d, got '3d'"),
         ({'backend': 'cuda'}, "backend must be one of .*, got 'cuda'"),
     ],
