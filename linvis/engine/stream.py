@@ -8,7 +8,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -188,8 +187,8 @@ def segment(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Itera
             last = first + at_hand.shape[2] - 1
             # a row of pixels p lies at (p + 1/2) rows / height - 1/2, between two rows of tokens
             end = height if pixels == height else -((rows - (2 * last + 1) * height) // (2 * rows))
-            at = (torch.arange(done, end) + 0.5) * (rows / height) - 0.5
-            at = at.clamp(min=0).to(at_hand.device)
+            at = (torch.arange(done, end, dtype=torch.float64) + 0.5) * (rows / height) - 0.5
+            at = at.clamp(min=first).to(at_hand.device)  # no less but for rounding, or at the top
             above = at.floor().long()
             below = (above + 1).clamp(max=last)
             share = (at - above).to(at_hand.dtype)[:, None]
@@ -227,16 +226,11 @@ def _streamed_backbone(model: nn.Module) -> ViR:
 
 
 def _normalised(model: nn.Module, bands: Iterable[np.ndarray]) -> Iterator[Tensor]:
-    """Bands as the model's data preprocessor would give them: (1, 3, h, W)."""
-    preprocessor: Any = model.data_preprocessor
-    to_rgb = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', False))
-    normalises = getattr(preprocessor, '_enable_normalize', False)
-    device = next(model.parameters()).device
+    """Bands as the model's data preprocessor gives them: (1, 3, h, W)."""
     for band in bands:
-        pixels = band if to_rgb else band[..., ::-1]
-        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # it may be mapped read-only
-        x = x.to(device).float()
-        yield (x - preprocessor.mean) / preprocessor.std if normalises else x
+        # in BGR, as pipelines load pictures; a copy, since it may be mapped read-only
+        pixels = torch.from_numpy(band[..., ::-1].copy()).permute(2, 0, 1)
+        yield model.data_preprocessor({'inputs': [pixels]})['inputs']  # type: ignore[operator]
 
 
 def _with_progress(bands: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,13 +12,13 @@ from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.backbones.vir_stream import stream_features
 from linvis.models.layers.featmap import to_featmap
 from linvis.models.layers.layer_scale import LayerScale
+from linvis.models.layers.mlp import mlp
 from linvis.models.layers.patch_embed import PatchEmbed
 from linvis.models.layers.position import resize_position_embedding_rows
 from linvis.models.layers.pre_norm_block import PreNormBlock
 from linvis.models.layers.retention import Retention
 from linvis.registry import MODELS
 
-HIDDEN_RATE = 4
 INITIAL_STD = 0.02
 EPS = 1e-6
 REQUIRED_SETTINGS = ('embed_dims', 'depth', 'num_heads')
@@ -227,10 +226,3 @@ class ViR(TokenBackbone):
         if not isinstance(height, int) or height < 1:
             raise ValueError(f'height must be a number of rows from 1 on, got {height!r}.')
         return stream_features(self, bands, height)
-
-
-def mlp(embed_dims: int) -> nn.Module:
-    """Channel mixer: a linear layer to four times the channels, GELU, and one back."""
-    hidden = HIDDEN_RATE * embed_dims
-    parts = (nn.Linear(embed_dims, hidden), nn.GELU(), nn.Linear(hidden, embed_dims))
-    return nn.Sequential(OrderedDict(zip(('fc1', 'act', 'fc2'), parts, strict=True)))

@@ -8,8 +8,8 @@ from torch import nn
 
 from linvis.models.backbones.arch import check_backend, settings_of
 from linvis.models.backbones.hierarchical_backbone import HierarchicalBackbone, widths
-from linvis.models.backbones.vir import mlp
 from linvis.models.layers.conv_block import ConvBlock
+from linvis.models.layers.mlp import mlp
 from linvis.models.layers.pre_norm_block import PreNormBlock
 from linvis.models.layers.retention import Retention
 from linvis.registry import MODELS
