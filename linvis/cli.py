@@ -1,4 +1,4 @@
-"""Command lines of tools/train.py and tools/test.py.
+"""Command lines of tools/train.py, tools/test.py and tools/stream.py.
 
 Only the standard library is imported at the top: `--device cpu` has to hide the GPUs before
 mmengine, which looks for them once at import, is loaded.
@@ -24,6 +24,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
         default='auto',
         help='auto (a GPU if there is one), cpu, cuda, or cuda:N without launcher',
     )
+    _add_cfg_options(parser)
+    parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -33,9 +40,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help='settings that replace those of the config, e.g. train_cfg.max_epochs=3; '
         'lists as key=[a,b]; quote brackets and write no spaces',
     )
-    parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
-    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
-    return parser
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -70,6 +74,24 @@ def test_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def stream_parser() -> argparse.ArgumentParser:
+    """Returns the parser of tools/stream.py."""
+    parser = argparse.ArgumentParser(
+        description='Classify or segment a very large picture in bands of rows, with a causal ViR.'
+    )
+    parser.add_argument('config', help='config file of a classifier or segmentor')
+    parser.add_argument('checkpoint', help="checkpoint file, or 'none' for random weights")
+    parser.add_argument('picture', help='picture file, or .npy of bytes (H, W, 3) in RGB')
+    parser.add_argument('--band', type=int, default=16, help='rows of patches in a band')
+    parser.add_argument(
+        '--out', help='PNG file of the label map of a segmentor; default: PICTURE_labels.png'
+    )
+    parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda')
+    _add_cfg_options(parser)
+    parser.set_defaults(launcher='none', local_rank=None)
+    return parser
+
+
 def main_train(argv: Sequence[str] | None = None) -> int:
     """Trains as the command line says and returns the exit status."""
     return _main(train_parser(), 'train', argv)
@@ -78,6 +100,11 @@ def main_train(argv: Sequence[str] | None = None) -> int:
 def main_test(argv: Sequence[str] | None = None) -> int:
     """Tests as the command line says and returns the exit status."""
     return _main(test_parser(), 'test', argv)
+
+
+def main_stream(argv: Sequence[str] | None = None) -> int:
+    """Streams a picture as the command line says and returns the exit status."""
+    return _main(stream_parser(), 'stream', argv)
 
 
 def _main(parser: argparse.ArgumentParser, task: str, argv: Sequence[str] | None) -> int:
@@ -97,8 +124,12 @@ def _main(parser: argparse.ArgumentParser, task: str, argv: Sequence[str] | None
     try:
         if task == 'train':
             launch.train(args)
-        else:
+        elif task == 'test':
             launch.test(args)
+        else:
+            from linvis.engine.stream import stream
+
+            stream(args)
     except KeyboardInterrupt:
         sys.stderr.write(f'{parser.prog}: stopped; nothing was saved.\n')
         return 130

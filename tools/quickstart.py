@@ -6,6 +6,7 @@ Beside a GPU the tasks run at the same time: networks this small leave it idle m
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKBONES = ('vrwkv', 'vig', 'vig-h')
+BACKBONES = ('vrwkv', 'vig', 'vig-h', 'vir', 'vir-hybrid')
+HIERARCHICAL = ('vig-h', 'vir-hybrid')
 STEPS = {
     'before': 'testing the untrained network',
     'train': 'training',
@@ -50,17 +52,18 @@ class Task:
     factor: float = 1.0
 
 
-def configs(detail: str, necks: Sequence[str], recipe: str) -> dict[str, str]:
-    """Returns the path of a config for each backbone; necks are in the order of BACKBONES."""
+def configs(detail: str, recipe: str, plain: str = '', hierarchical: str = '') -> dict[str, str]:
+    """Returns the path of a config for each backbone; the last two name the necks of both kinds."""
     return {
-        backbone: f'configs/quickstart/{detail}{backbone}-micro{neck}_{recipe}.py'
-        for backbone, neck in zip(BACKBONES, necks, strict=True)
+        backbone: f'configs/quickstart/{detail}{backbone}-micro'
+        f'{hierarchical if backbone in HIERARCHICAL else plain}_{recipe}.py'
+        for backbone in BACKBONES
     }
 
 
 TASKS = {
     'classification': Task(
-        configs=configs('', ('', '', ''), '1xb32-400i_mini-cls-96px'),
+        configs=configs('', '1xb32-400i_mini-cls-96px'),
         metrics={'accuracy/top1': 'top-1'},
         tests={
             '97 validation crops': (),
@@ -68,13 +71,13 @@ TASKS = {
         },
     ),
     'detection': Task(
-        configs=configs('mask-rcnn_', ('_sfp', '_sfp', '_fpn'), '1xb4-200i_mini-coco'),
+        configs=configs('mask-rcnn_', '1xb4-200i_mini-coco', '_sfp', '_fpn'),
         metrics={'coco/bbox_mAP': 'box mAP', 'coco/segm_mAP': 'mask mAP'},
         tests={'its 16 training pictures': ()},
         factor=100.0,
     ),
     'segmentation': Task(
-        configs=configs('upernet_', ('_sfp', '_sfp', ''), '1xb4-250i_mini-ade-256x256'),
+        configs=configs('upernet_', '1xb4-250i_mini-ade-256x256', '_sfp'),
         metrics={'mIoU': 'mIoU'},
         tests={'its 28 training pictures': ()},
     ),
@@ -272,8 +275,14 @@ class Quickstart:
 
 
 def digest_of(config: Path) -> str:
-    """Returns what changes with a config or with the recipes beside it that it builds on."""
-    files = [config, *sorted((config.parent / '_base_').glob('*.py'))]
+    """Returns what changes with a config or with a config of this project that it builds on."""
+    files = [config]
+    for file in files:  # grows on the way
+        for statement in ast.parse(file.read_text()).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets) == '_base_':
+                bases = ast.literal_eval(statement.value)
+                bases = [bases] if isinstance(bases, str) else bases
+                files += [file.parent / base for base in bases if '::' not in base]
     return hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
 
 

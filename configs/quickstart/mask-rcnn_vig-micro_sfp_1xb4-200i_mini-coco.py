@@ -5,8 +5,8 @@ scores say nothing about COCO. Backbone: ViG with 96 channels, 3 heads and 6 lay
 the heads are narrower than usual, too, to be quick on a CPU.
 Data: 16 training pictures of data/mini/coco with large objects, 8 of the 80 categories, at most 256
     px a side.
-Hardware: one GPU, or a CPU with 2 cores. Time: TIME_DET
-Expected: EXPECTED_DET
+Hardware: one GPU, or a CPU with 2 cores. Time: 5 minutes on two busy cores, tests included.
+Expected: at least 40 % box mAP and 15 % mask mAP on the 16 pictures; untrained: 0.
 Command: python tools/quickstart.py --backbone vig --tasks detection, or
     python tools/train.py configs/quickstart/mask-rcnn_vig-micro_sfp_1xb4-200i_mini-coco.py
 """

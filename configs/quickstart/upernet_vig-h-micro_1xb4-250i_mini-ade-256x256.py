@@ -4,8 +4,8 @@ Shows that training and testing work: it is measured on the pictures that it tra
 scores say nothing about ADE20K. Backbone: ViG-H with 32 channels in the first stage and 5 blocks;
 the heads are narrower than usual, too, to be quick on a CPU.
 Data: the 28 training pictures of data/mini/ade, 8 of the 150 classes; other pixels are ignored.
-Hardware: one GPU, or a CPU with 2 cores. Time: TIME_SEG
-Expected: EXPECTED_SEG
+Hardware: one GPU, or a CPU with 2 cores. Time: 9 minutes on two busy cores, tests included.
+Expected: at least 25 % mIoU on the 28 pictures; untrained: about 1 %.
 Command: python tools/quickstart.py --backbone vig-h --tasks segmentation, or
     python tools/train.py configs/quickstart/upernet_vig-h-micro_1xb4-250i_mini-ade-256x256.py
 """

@@ -4,8 +4,8 @@ Shows that training and testing work: it is measured on the pictures that it tra
 scores say nothing about ADE20K. Backbone: ViG with 96 channels, 3 heads and 6 layers; the pyramid
 and the heads are narrower than usual, too, to be quick on a CPU.
 Data: the 28 training pictures of data/mini/ade, 8 of the 150 classes; other pixels are ignored.
-Hardware: one GPU, or a CPU with 2 cores. Time: TIME_SEG
-Expected: EXPECTED_SEG
+Hardware: one GPU, or a CPU with 2 cores. Time: 2 to 5 minutes on two cores, tests included.
+Expected: at least 20 % mIoU on the 28 pictures; untrained: about 2 %.
 Command: python tools/quickstart.py --backbone vig --tasks segmentation, or
     python tools/train.py configs/quickstart/upernet_vig-micro_sfp_1xb4-250i_mini-ade-256x256.py
 """

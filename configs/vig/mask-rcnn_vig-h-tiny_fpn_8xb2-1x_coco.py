@@ -14,7 +14,7 @@ Command: bash tools/dist_train.sh configs/vig/mask-rcnn_vig-h-tiny_fpn_8xb2-1x_c
     vig-h-tiny_8xb128-300e_in1k.py. Without these options training starts from random weights.
 """
 
-_base_ = './_base_/mask-rcnn_1x_coco.py'
+_base_ = '../_base_/recipes/mask-rcnn_1x_coco.py'
 
 model = dict(
     backbone=dict(

@@ -16,21 +16,9 @@ Command: bash tools/dist_train.sh configs/vig/mask-rcnn_vig-tiny_sfp_8xb2-1x_coc
     vig-tiny_8xb128-300e_in1k.py. Without these options training starts from random weights.
 """
 
-_base_ = './_base_/mask-rcnn_1x_coco.py'
+_base_ = '../_base_/recipes/mask-rcnn_sfp_1x_coco.py'
 
 model = dict(
     backbone=dict(_delete_=True, type='linvis.ViG', arch='tiny', img_size=224, drop_path_rate=0.1),
-    neck=dict(
-        _delete_=True,
-        type='linvis.SimpleFeaturePyramid',
-        in_channels=192,
-        out_channels=256,
-        num_outs=5,
-        norm_cfg=dict(type='mmpretrain.LN2d'),
-    ),
-)
-
-optim_wrapper = dict(
-    constructor='linvis.LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(layer_decay_rate=0.85),
+    neck=dict(in_channels=192),
 )

@@ -15,7 +15,7 @@ Command: bash tools/dist_train.sh
     vig-h-tiny_8xb128-300e_in1k.py. Without these options training starts from random weights.
 """
 
-_base_ = './_base_/upernet_160k_ade20k-512x512.py'
+_base_ = '../_base_/recipes/upernet_160k_ade20k-512x512.py'
 
 model = dict(
     backbone=dict(

@@ -18,23 +18,9 @@ Command: bash tools/dist_train.sh
     vig-tiny_8xb128-300e_in1k.py. Without these options training starts from random weights.
 """
 
-_base_ = './_base_/upernet_160k_ade20k-512x512.py'
+_base_ = '../_base_/recipes/upernet_sfp_160k_ade20k-512x512.py'
 
 model = dict(
     backbone=dict(_delete_=True, type='linvis.ViG', arch='tiny', img_size=224, drop_path_rate=0.1),
-    neck=dict(
-        type='linvis.SimpleFeaturePyramid',
-        in_channels=192,
-        out_channels=256,
-        norm_cfg=dict(type='SyncBN', requires_grad=True),
-    ),
-    decode_head=dict(in_channels=[256, 256, 256, 256]),
-    auxiliary_head=dict(in_channels=256),
-)
-
-# lr = 1e-4 per 32 crops x 16 crops; 0.85 is 0.92 twice.
-optim_wrapper = dict(
-    optimizer=dict(lr=1e-4 * 16 / 32, weight_decay=0.05),
-    constructor='linvis.LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(layer_decay_rate=0.85),
+    neck=dict(in_channels=192),
 )

@@ -12,7 +12,7 @@ Command: sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=
     tools/slurm_train.sh configs/vig/vig-base_16xb64-300e_in1k.py
 """
 
-_base_ = './_base_/in1k_300e.py'
+_base_ = '../_base_/recipes/in1k_300e.py'
 
 model = dict(
     backbone=dict(type='linvis.ViG', arch='base', img_size=224, drop_path_rate=0.5),

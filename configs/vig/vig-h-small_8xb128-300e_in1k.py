@@ -10,7 +10,7 @@ Expected: 83.8 % top-1 (published); not measured here yet.
 Command: bash tools/dist_train.sh configs/vig/vig-h-small_8xb128-300e_in1k.py 8 --amp
 """
 
-_base_ = './_base_/in1k_300e.py'
+_base_ = '../_base_/recipes/in1k_300e.py'
 
 model = dict(
     backbone=dict(type='linvis.ViGHierarchical', arch='small', drop_path_rate=0.3),

@@ -11,7 +11,7 @@ Expected: 81.7 % top-1 (published); not measured here yet.
 Command: bash tools/dist_train.sh configs/vig/vig-small_8xb128-300e_in1k.py 8
 """
 
-_base_ = './_base_/in1k_300e.py'
+_base_ = '../_base_/recipes/in1k_300e.py'
 
 model = dict(
     backbone=dict(type='linvis.ViG', arch='small', img_size=224, drop_path_rate=0.2),

@@ -11,7 +11,7 @@ Expected: 77.2 % top-1 (published); not measured here yet.
 Command: bash tools/dist_train.sh configs/vig/vig-tiny_8xb128-300e_in1k.py 8
 """
 
-_base_ = './_base_/in1k_300e.py'
+_base_ = '../_base_/recipes/in1k_300e.py'
 
 model = dict(
     backbone=dict(type='linvis.ViG', arch='tiny', img_size=224),

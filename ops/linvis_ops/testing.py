@@ -122,7 +122,7 @@ def bi_gla_inputs(
     dtype: torch.dtype = torch.float32,
     device: str = 'cpu',
     *,
-    gate: float | None = None,
+    gate: float | str | None = None,
     gate_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -136,7 +136,8 @@ def bi_gla_inputs(
         value_width: V.
         dtype: Dtype of q, k and v.
         device: Where the tensors are made.
-        gate: Every log gate; None: logsigmoid(x) / 16 of normal x, as at initialisation.
+        gate: Every log gate; None: logsigmoid(x) / 16 of normal x, as at initialisation; 'mixed':
+            such ones, some of them a hundred times, shut (-20) and open (0) ones by turns.
         gate_dtype: Dtype of the gates; None: that of q.
         seed: Of the random numbers.
     """
@@ -148,8 +149,15 @@ def bi_gla_inputs(
 
     q, k, v = (normal(width).to(device, dtype) for width in (key_width, key_width, value_width))
     gates = [torch.nn.functional.logsigmoid(normal(key_width)) / 16 for _ in range(2)]
-    if gate is not None:
+    if isinstance(gate, float):
         gates = [torch.full_like(each, gate) for each in gates]
+    elif gate is not None:
+        kinds = [torch.rand(each.shape, generator=generator) for each in gates]
+        gates = [
+            torch.where(kind < 0.3, -20.0, torch.where(kind < 0.5, 0.0, each))
+            * torch.where(kind > 0.8, 100.0, 1.0)
+            for kind, each in zip(kinds, gates, strict=True)
+        ]
     g_fwd, g_bwd = (each.to(device, gate_dtype or dtype) for each in gates)
     return tuple(t.requires_grad_() for t in (q, k, v, g_fwd, g_bwd))  # type: ignore[return-value]
 

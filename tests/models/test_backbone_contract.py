@@ -54,11 +54,19 @@ def vig_hierarchical(img_size: int = 224, **kwargs: Any) -> Backbone:
     return ViGHierarchical(arch, **kwargs)
 
 
+def vir_hybrid(img_size: int = 224, **kwargs: Any) -> Backbone:
+    return HybridViR({'embed_dims': 8, 'depths': (1, 2, 1), 'num_heads': (2,)}, **kwargs)
+
+
 # Each arch with its own settings, but narrow and shallow.
 PLAIN = {f'vrwkv-{arch}': vrwkv(arch) for arch in VRWKV.archs}
 PLAIN |= {f'vig-{arch}': vig(arch) for arch in ViG.archs}
 PLAIN |= {f'vir-{r}-{d}': vir(r, d) for r in ('1d', '2d') for d in ('causal', 'bidirectional')}
-BACKBONES: dict[str, Callable[..., Any]] = {**PLAIN, 'vig-hierarchical': vig_hierarchical}
+BACKBONES: dict[str, Callable[..., Any]] = {
+    **PLAIN,
+    'vig-hierarchical': vig_hierarchical,
+    'vir-hybrid': vir_hybrid,
+}
 
 # Published counts include a linear head of 1000 classes, and for large one of two layers.
 PUBLISHED = {

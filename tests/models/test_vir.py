@@ -185,7 +185,7 @@ def test_rows_of_the_position_embedding():
     ('shapes', 'height', 'message'),
     [
         ([(8, 16), (10, 16), (6, 16)], 24, 'must have a multiple of 8 rows of pixels, got 10'),
-        ([(8, 16), (8, 24)], 16, 'must be as wide as the first one, 16, got 24'),
+        ([(8, 16), (8, 24)], 16, r'of the first one, \(1, 16\), got \(1, 24\)'),
         ([(8, 16), (16, 16)], 16, 'have 24 rows of pixels or more, the picture 16'),
         ([(8, 16), (8, 16)], 24, 'have 16 rows of pixels in all, not 24'),
     ],
@@ -195,6 +195,45 @@ def test_bands_that_are_no_picture_are_refused(shapes, height, message):
     bands = [torch.zeros(1, 3, *shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         list(backbone.stream(bands, height))
+
+
+@pytest.mark.parametrize('height', [0, 8.0])
+def test_height_that_is_no_number_of_rows_is_refused(height):
+    with pytest.raises(ValueError, match='height must be a number of rows from 1 on, got'):
+        ViR(ARCH).stream([], height)
+
+
+def test_bands_that_are_no_pictures_are_refused():
+    with pytest.raises(ValueError, match=r'ViR takes pictures \(B, 3, H, W\)'):
+        list(ViR(ARCH).stream([torch.zeros(3, 16, 16)], 16))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_decays(dtype):
+    backbone = randomised(ViR(ARCH, img_size=32))
+    images = torch.randn(1, 3, 32, 48)
+    (expected,) = backbone(images)
+    decays = backbone.blocks[0].retention.log_gamma.clone()
+    (features,) = backbone.to(dtype)(images.to(dtype))
+    torch.testing.assert_close(features.float(), expected, rtol=0.1, atol=0.1)
+    backbone.float()
+    assert torch.equal(backbone.blocks[0].retention.log_gamma, decays)
+
+
+def test_decays_are_there_after_meta_initialisation():
+    with torch.device('meta'):
+        backbone = ViR(ARCH, img_size=32)
+    backbone.to_empty(device='cpu')
+    assert torch.equal(backbone.blocks[1].retention.log_gamma, log_decays(2))
+
+
+def test_exports_with_a_dynamic_batch():
+    backbone = randomised(ViR(ARCH, img_size=32)).eval()
+    program = torch.export.export(
+        backbone, (torch.randn(2, 3, 32, 48),), dynamic_shapes=({0: torch.export.Dim('b')},)
+    )
+    images = torch.randn(3, 3, 32, 48)
+    torch.testing.assert_close(program.module()(images), backbone(images))
 
 
 def test_bidirectional_backbone_cannot_be_streamed():
@@ -207,6 +246,12 @@ def test_bidirectional_backbone_cannot_be_streamed():
     ('options', 'message'),
     [
         ({'arch': {**ARCH, 'num_heads': 3}}, '16 channels and 3 heads'),
+        ({'arch': {**ARCH, 'num_heads': 2.0}}, 'num_heads of an arch must be a whole number'),
+        (
+            {'arch': {**ARCH, 'depth': 0}},
+            'depth of an arch must be a whole number from 1 on, got 0',
+        ),
+        ({'patch_size': 0}, 'patch_size must be at least 1, got 0'),
         ({'arch': 'tiny'}, 'arch must be one of small, base, large'),
         ({'retention': '3d'}, "retention must be one of 1d, 2d, got '3d'"),
         ({'direction': 'forward'}, "direction must be one of causal, bidirectional, got 'forward'"),

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvis_ops import BackendUnavailableError, available_backends, bi_gla
+from linvis_ops import BackendUnavailableError, bi_gla
 from linvis_ops._triton import interpreting
 from linvis_ops.bi_gla.op import bi_gla_bwd, bi_gla_fwd
 from linvis_ops.bi_gla.reference import (
@@ -44,7 +44,6 @@ def some_interpreted(interpreted, *others):
 
 TOKENS = some_interpreted([1, 33], 2, 15, 16, 17, 64, 65, 197)
 COMPILED = [param for param in BACKENDS if param.id != 'triton-interpreter']
-TRITON_DEVICES = [param for param in BACKENDS if param.values[0] == 'triton']
 
 
 def detached(inputs):
@@ -274,25 +273,13 @@ def test_plain_pytorch_rounds_short_dtypes_once(backend):
         assert torch.equal(a, e.bfloat16()), name
 
 
-def mixed_gates(inputs):
-    """Shut, open and random gates by turns, other ones in the two directions."""
-    with torch.no_grad():
-        for gates in inputs[3:]:
-            kind = torch.rand(gates.shape).to(gates.device)
-            gates.copy_(torch.where(kind < 0.3, -20.0, torch.where(kind < 0.5, 0.0, gates)))
-            gates[kind > 0.8] *= 100
-
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
 @pytest.mark.parametrize('tokens', some_interpreted([9], 33, 130))
 @pytest.mark.parametrize('gate', some_interpreted([-20.0, 'mixed'], 0.0))
 @pytest.mark.parametrize('values', some_interpreted(['random'], 'equal'))
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_extreme_inputs_are_finite_and_right(backend, device, values, gate, tokens, dtype):
-    mixed = gate == 'mixed'
-    inputs = bi_gla_inputs(1, tokens, 2, 8, 8, dtype, device, gate=None if mixed else gate)
-    if mixed:
-        mixed_gates(inputs)
+    inputs = bi_gla_inputs(1, tokens, 2, 8, 8, dtype, device, gate=gate)
     if values == 'equal':
         with torch.no_grad():
             for tensor in inputs[:3]:
@@ -303,11 +290,8 @@ def test_extreme_inputs_are_finite_and_right(backend, device, values, gate, toke
 @pytest.mark.parametrize('gate', some_interpreted([-0.5], -1e-3, 'mixed'))
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_long_sequences_match_float64(backend, device, gate):
-    mixed = gate == 'mixed'
     tokens = 260 if backend == 'triton' and device == 'cpu' else 4100
-    inputs = bi_gla_inputs(1, tokens, 1, 4, 8, device=device, gate=None if mixed else gate)
-    if mixed:
-        mixed_gates(inputs)
+    inputs = bi_gla_inputs(1, tokens, 1, 4, 8, device=device, gate=gate)
     # chunked in float64: equal to the definition by the tests above
     exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
     y64, y = bi_gla(*exact, backend='torch'), bi_gla(*inputs, backend=backend)
@@ -316,103 +300,6 @@ def test_long_sequences_match_float64(backend, device, gate):
     g64, g = gradients(y64, exact, go), gradients(y, inputs, go.to(device))
     for name, a, e in zip(NAMES, g, g64, strict=True):
         assert_matches(name, a.cpu(), e, None, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ('tokens', 'length', 'segment', 'gate', 'dtype'),
-    [
-        (37, 16, 3, None, torch.bfloat16),
-        (50, 16, 2, None, torch.float32),
-        (130, 16, 1, -0.5, torch.float16),  # the scan takes several rounds
-        (20, 16, 2, 'mixed', torch.float32),
-        (20, 16, 1, 'mixed', torch.bfloat16),
-        pytest.param(37, 16, 1, None, torch.bfloat16, marks=not_interpreted),
-        pytest.param(70, 32, 2, -1.0, torch.bfloat16, marks=not_interpreted),
-        pytest.param(37, 16, 3, 'mixed', torch.float32, marks=not_interpreted),
-        pytest.param(37, 16, 1, 'mixed', torch.bfloat16, marks=not_interpreted),
-        pytest.param(37, 16, 2, -20.0, torch.float32, marks=not_interpreted),
-    ],
-)
-@pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
-def test_every_division_computes_the_definition(
-    backend, device, tokens, length, segment, gate, dtype
-):
-    from linvis_ops._chunks import Launch
-    from linvis_ops.bi_gla.kernels_triton import bi_gla_forward
-    from linvis_ops.bi_gla.kernels_triton_backward import bi_gla_backward as triton_backward
-
-    chunks = -(-tokens // length)
-    segments = -(-chunks // segment)
-    mixed = gate == 'mixed'
-    inputs = bi_gla_inputs(1, tokens, 1, 6, 20, dtype, device, gate=None if mixed else gate)
-    if mixed:
-        mixed_gates(inputs)
-    given = detached(inputs)
-    exact = [t.cpu().double() for t in given]
-    go = torch.randn(given[2].shape).to(device, dtype)
-    launch = Launch(length, chunks, segment, segments, keys=16, values=16)  # two slices of values
-    actual, expected = bi_gla_forward(*given, launch=launch), bi_gla_chunked(*exact)
-    assert_matches('y', actual.cpu(), expected, None, dtype)
-    actual = triton_backward(go, *given, launch=launch)
-    expected = bi_gla_backward(go.cpu().double(), *exact)
-    for name, a, e in zip(NAMES, actual, expected, strict=True):
-        assert_matches(name, a.cpu(), e, None, dtype)
-
-
-@pytest.mark.parametrize('shape', [(1, 1, 1), (128, 196, 3), (1, 65536, 6), (64, 1024, 6)])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
-@pytest.mark.parametrize('width', [20, 128])
-def test_division_covers_the_sequence(shape, dtype, width):
-    from linvis_ops.bi_gla.launch import launch_for
-
-    q = torch.empty((*shape, width), device='meta', dtype=dtype)
-    for of in ('fwd', 'bwd'):
-        launch = launch_for(q, q, of)
-        assert (launch.chunks - 1) * launch.length < shape[1] <= launch.chunks * launch.length
-        assert (launch.segments - 1) * launch.segment < launch.chunks
-        assert launch.chunks <= launch.segments * launch.segment
-        assert launch.keys >= width
-        assert launch.segments == 1 or shape[1] > 256
-
-
-@pytest.mark.parametrize(
-    ('tokens', 'width', 'length', 'dtype', 'warps'),
-    [
-        (500, 32, 32, torch.bfloat16, 8),
-        (500, 32, 64, torch.bfloat16, 2),
-        (50, 32, 128, torch.bfloat16, 2),  # one chunk of 64
-        (500, 33, 32, torch.float16, 2),  # keys are rows of products, too
-        (500, 128, 64, torch.float32, 8),  # not by tensor cores
-    ],
-)
-def test_no_program_forms_a_warpgroup(tokens, width, length, dtype, warps):
-    from linvis_ops._chunks import Rule
-    from linvis_ops.bi_gla.launch import launch_for
-
-    q = torch.empty((1, tokens, 1, width), device='meta', dtype=dtype)
-    assert launch_for(q, q, 'bwd', Rule(length, warps=8)).warps == warps
-
-
-def test_parts_of_one_projection_are_not_copied():
-    from linvis_ops._chunks import rows_of
-
-    x = torch.zeros(2, 9, 4 * 32 + 4 * 64)
-    q, v = x[..., : 4 * 32].unflatten(-1, (4, 32)), x[..., 4 * 32 :].unflatten(-1, (4, 64))
-    heads_first = torch.zeros(2, 4, 9, 32).transpose(1, 2)
-    rows = rows_of(q, v, heads_first, length=16)
-    given = (q, v, heads_first)
-    assert [a.data_ptr() for a in rows.tensors] == [t.data_ptr() for t in given]
-    strides = [stride for t in given for stride in t.stride()[:3]]
-    assert [stride * rows.align for stride in rows.strides] == strides
-    assert rows.align == 8
-    (copy,) = rows_of(q[..., :1].expand(-1, -1, -1, 32), length=16).tensors
-    assert copy.is_contiguous()
-
-
-def test_heads_that_are_too_wide_are_left_to_pytorch():
-    wide = torch.zeros(1, 2, 1, 129)
-    reason = available_backends('bi_gla', wide)['triton']
-    assert 'heads of at most 128 channels, not 129' in reason
 
 
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)

@@ -209,7 +209,7 @@ def test_extreme_inputs_are_finite_and_right(backend, device, keys, decay, token
     # Where one token dominates all others, by its key or since far tokens weigh more, v - y
     # cancels, in plain PyTorch too: README.md, Numerics.
     dominated = keys == 'wide' or decay > 1
-    factor = 5.0 if backend in ('triton', 'cuda') and dominated else 2.0
+    factor = {'triton': 4.0, 'cuda': 5.0}.get(backend, 2.0) if dominated else 2.0
     check_against_float64(backend, device, torch.float32, (w, u, k, v), factor)
 
 
@@ -232,7 +232,7 @@ def test_large_bonus_of_either_sign(backend, device, bonus):
     with torch.no_grad():
         u.fill_(bonus)
     # v - y cancels where a token sees itself alone: what is left, 1e-9 and less, is rounding
-    skipped = ('du', 'dk') if bonus > 0 else ()
+    skipped = (('du', 'dk') if backend == 'cuda' else ('du',)) if bonus > 0 else ()
     check_against_float64(backend, device, torch.float32, (w, u, k, v), skipped=skipped)
 
 

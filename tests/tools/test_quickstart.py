@@ -177,12 +177,20 @@ def test_fresh_run_and_changed_config_start_anew(quickstart, tmp_path, capsys):
     config = quickstart.ROOT / quickstart.TASKS['segmentation'].configs['vrwkv']
     base = config.parent / '_base_' / 'recipe.py'
     base.parent.mkdir()
-    for file in (config, base):
-        file.write_text('model = None\n')
+    base.write_text("_base_ = 'mmseg::_base_/models/upernet_swin.py'\n")
+    changes = (
+        (config, "_base_ = ['./_base_/recipe.py']\n"),
+        (base, "_base_ = ['mmseg::_base_/models/upernet_r50.py']\n"),
+    )
+    for file, text in changes:
+        file.write_text(text)
         capsys.readouterr()
         assert run(quickstart, tmp_path) == 0
         assert len(calls(quickstart)) == 4
         assert 'The config of segmentation has changed' in capsys.readouterr().out
+    (base.parent / 'of_another_task.py').write_text('model = None\n')
+    assert run(quickstart, tmp_path) == 0
+    assert calls(quickstart) == []
 
 
 def test_backbones_have_folders_of_their_own(quickstart, tmp_path):

@@ -28,9 +28,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvis import compat
-from linvis.models import VRWKV, ViG, ViGHierarchical
+from linvis.models import VRWKV, HybridViR, ViG, ViGHierarchical, ViR
 
-BACKBONES = {backbone.__name__: backbone for backbone in (VRWKV, ViG, ViGHierarchical)}
+BACKBONES = {
+    backbone.__name__: backbone for backbone in (VRWKV, ViG, ViGHierarchical, ViR, HybridViR)
+}
 MACS_OF_LAYER_NORM = 5  # for each element
 
 

@@ -21,7 +21,8 @@ def settings_of(
         optional: Settings that it may have, with their values where it does not.
 
     Raises:
-        ValueError: If the name is unknown, a setting is missing or there is no such setting.
+        ValueError: If the name is unknown, a setting is missing, there is no such setting, or a
+            required one is not made of whole numbers from 1 on.
     """
     if isinstance(arch, str):
         if arch not in archs:
@@ -34,6 +35,15 @@ def settings_of(
             f'An arch given as a dict needs {", ".join(required)} and may have '
             f'{", ".join(optional) or "nothing else"}; missing: {missing}, unknown: {unknown}.'
         )
+    for name in required:
+        several = isinstance(next(iter(archs.values()))[name], Sequence)
+        value = arch[name]
+        numbers = value if several and isinstance(value, Sequence) else (value,)
+        if several != isinstance(value, Sequence) or not all(
+            isinstance(number, int) and number > 0 for number in numbers
+        ):
+            kind = 'whole numbers from 1 on, one a stage' if several else 'a whole number from 1 on'
+            raise ValueError(f'{name} of an arch must be {kind}, got {value!r}.')
     return {**optional, **arch}
 
 

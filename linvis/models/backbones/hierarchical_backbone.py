@@ -13,6 +13,7 @@ from linvis.models.layers.norm import LayerNorm2d
 from linvis.models.layers.patch_embed import conv_stem
 
 STEM_STRIDE = 4
+INITIAL_STD = 0.02
 
 
 class Stage(nn.Module):
@@ -49,6 +50,7 @@ class HierarchicalBackbone(Backbone):
     * `embed_dims` is the width of the first stage; each further stage doubles it.
     * Every output is normalised by a norm of its own, `outnorm` and the number of the stage.
     * There is no position embedding, and `with_cp` recomputes blocks one by one.
+    * Weights of linear layers are initialised here (normal, 0.02), biases by the blocks.
 
     Args:
         in_channels: Channels of the pictures.
@@ -105,6 +107,10 @@ class HierarchicalBackbone(Backbone):
         )
         for index in sorted(self.out_indices):
             self.add_module(_norm_name(index), nn.LayerNorm(channels[index]))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INITIAL_STD)
+        self._freeze()
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:

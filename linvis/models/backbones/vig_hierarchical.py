@@ -14,7 +14,6 @@ from linvis.models.layers.swiglu import SwiGLU
 from linvis.registry import MODELS
 
 HIDDEN_MULTIPLE = 32
-INITIAL_STD = 0.02
 REQUIRED_SETTINGS = ('embed_dims', 'depths', 'num_heads')
 
 
@@ -110,7 +109,3 @@ class ViGHierarchical(HierarchicalBackbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INITIAL_STD)
-        self._freeze()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,13 +12,13 @@ from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.backbones.vir_stream import stream_features
 from linvis.models.layers.featmap import to_featmap
 from linvis.models.layers.layer_scale import LayerScale
+from linvis.models.layers.mlp import mlp
 from linvis.models.layers.patch_embed import PatchEmbed
 from linvis.models.layers.position import resize_position_embedding_rows
 from linvis.models.layers.pre_norm_block import PreNormBlock
 from linvis.models.layers.retention import Retention
 from linvis.registry import MODELS
 
-HIDDEN_RATE = 4
 INITIAL_STD = 0.02
 EPS = 1e-6
 REQUIRED_SETTINGS = ('embed_dims', 'depth', 'num_heads')
@@ -161,6 +160,10 @@ class ViR(TokenBackbone):
         tokens, hw = super().embed(images)
         return self.with_cls_token(tokens), hw
 
+    def check_band(self, band: Tensor) -> None:
+        """Raise ValueError unless these are parts of pictures (B, in_channels, h, W)."""
+        self._check_images(band)
+
     def embed_band(self, band: Tensor, first_row: int, whole_hw: tuple[int, int]) -> Tensor:
         """Tokens (B, rows * Wp, C) of some rows of a picture, with their positions.
 
@@ -168,11 +171,7 @@ class ViR(TokenBackbone):
             band: Shape (B, in_channels, h, W).
             first_row: Row of tokens of the whole picture that the band begins with.
             whole_hw: Grid of the whole picture.
-
-        Raises:
-            ValueError: As `TokenBackbone.embed`.
         """
-        self._check_images(band)
         tokens, hw = self.patch_embed(band)
         rows = range(first_row, first_row + hw[0])
         positions = resize_position_embedding_rows(self.pos_embed, self.pos_grid, whole_hw, rows)
@@ -180,7 +179,7 @@ class ViR(TokenBackbone):
 
     def with_cls_token(self, tokens: Tensor) -> Tensor:
         """Tokens with the class token behind them, (B, T + 1, C)."""
-        cls_token = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
+        cls_token = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat((tokens, cls_token), dim=1)
 
     def _format(self, tokens: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -224,11 +223,6 @@ class ViR(TokenBackbone):
                 "stream needs direction='causal'; the rows of a bidirectional backbone depend on "
                 'those below them.'
             )
+        if not isinstance(height, int) or height < 1:
+            raise ValueError(f'height must be a number of rows from 1 on, got {height!r}.')
         return stream_features(self, bands, height)
-
-
-def mlp(embed_dims: int) -> nn.Module:
-    """Channel mixer: a linear layer to four times the channels, GELU, and one back."""
-    hidden = HIDDEN_RATE * embed_dims
-    parts = (nn.Linear(embed_dims, hidden), nn.GELU(), nn.Linear(hidden, embed_dims))
-    return nn.Sequential(OrderedDict(zip(('fc1', 'act', 'fc2'), parts, strict=True)))

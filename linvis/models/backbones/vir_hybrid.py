@@ -8,14 +8,14 @@ from torch import nn
 
 from linvis.models.backbones.arch import check_backend, settings_of
 from linvis.models.backbones.hierarchical_backbone import HierarchicalBackbone, widths
-from linvis.models.backbones.vir import mlp
 from linvis.models.layers.conv_block import ConvBlock
+from linvis.models.layers.mlp import mlp
 from linvis.models.layers.pre_norm_block import PreNormBlock
 from linvis.models.layers.retention import Retention
 from linvis.registry import MODELS
 
 EPS = 1e-6
-INITIAL_STD = 0.02
+CONV_STAGES = 2
 REQUIRED_SETTINGS = ('embed_dims', 'depths', 'num_heads')
 
 
@@ -37,7 +37,7 @@ class HybridViR(HierarchicalBackbone):
 
     Args:
         arch: Name from the table, or a dict with 'embed_dims' (of the first stage), 'depths' (of
-            four stages) and 'num_heads' (of the last two).
+            all stages) and 'num_heads' (of those after the first two).
         retention: Decay '1d' along the sequence, or '2d' over rows and columns.
         direction: 'bidirectional' or 'causal'.
         in_channels: Channels of the pictures.
@@ -51,8 +51,9 @@ class HybridViR(HierarchicalBackbone):
         init_cfg: Initialisation of mmengine, usually of type 'Pretrained'.
 
     Raises:
-        ValueError: If arch is unknown, incomplete or not of four depths and two numbers of heads,
-            if there is no such decay, direction or backend, or as for `HierarchicalBackbone`.
+        ValueError: If arch is unknown or incomplete, has no stage of retention or not as many heads
+            as such stages, if there is no such decay, direction or backend, or as for
+            `HierarchicalBackbone`.
 
     Source:
         ViR: Towards Efficient Vision Retention Backbones, arXiv:2310.19731, for the idea.
@@ -82,41 +83,40 @@ class HybridViR(HierarchicalBackbone):
         check_backend(backend, ('retention',))
         settings = settings_of(arch, self.archs, REQUIRED_SETTINGS, {})
         depths, num_heads = tuple(settings['depths']), tuple(settings['num_heads'])
-        if len(depths) != 4 or len(num_heads) != 2:
+        if len(depths) < 3 or len(num_heads) != len(depths) - CONV_STAGES:
             raise ValueError(
-                'An arch needs the depths of four stages and the heads of the last two, got '
-                f'depths {depths} and num_heads {num_heads}.'
+                'An arch needs the depths of at least three stages and the heads of those after '
+                f'the first two, got depths {depths} and num_heads {num_heads}.'
             )
         embed_dims = settings['embed_dims']
         dims = widths(embed_dims, depths)
         drop_step = drop_path_rate / max(sum(depths) - 1, 1)
         drops = (drop_step * index for index in count())
-        stages: list[list[nn.Module]] = [
-            [ConvBlock(dims[stage], next(drops)) for _ in range(depths[stage])] for stage in (0, 1)
+        conv_stages = [
+            [ConvBlock(channels, next(drops)) for _ in range(depth)]
+            for channels, depth in zip(dims[:CONV_STAGES], depths, strict=False)
         ]
-        stages += [
+        retention_stages = [
             [
                 PreNormBlock(
                     next(drops),
-                    norm1=nn.LayerNorm(dims[stage], EPS),
+                    norm1=nn.LayerNorm(channels, EPS),
                     retention=Retention(
-                        dims[stage],
-                        num_heads[stage - 2],
-                        decay=retention,
-                        direction=direction,
-                        backend=backend,
+                        channels, heads, decay=retention, direction=direction, backend=backend
                     ),
-                    norm2=nn.LayerNorm(dims[stage], EPS),
-                    mlp=mlp(dims[stage]),
+                    norm2=nn.LayerNorm(channels, EPS),
+                    mlp=mlp(channels),
                 )
-                for _ in range(depths[stage])
+                for _ in range(depth)
             ]
-            for stage in (2, 3)
+            for channels, depth, heads in zip(
+                dims[CONV_STAGES:], depths[CONV_STAGES:], num_heads, strict=True
+            )
         ]
         super().__init__(
             in_channels=in_channels,
             embed_dims=embed_dims,
-            stages=stages,
+            stages=[*conv_stages, *retention_stages],
             out_indices=out_indices,
             out_type=out_type,
             frozen_stages=frozen_stages,
@@ -125,6 +125,4 @@ class HybridViR(HierarchicalBackbone):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INITIAL_STD)
                 nn.init.zeros_(module.bias)
-        self._freeze()

@@ -52,7 +52,7 @@ class BandRun:
         self.pixels = 0
         self.patches = 0
         self.sums: list[Tensor] = []
-        self._width: int | None = None
+        self._size: tuple[int, int] | None = None
         self._states = [StreamState() for _ in backbone.layers]
 
     @torch.no_grad()
@@ -63,6 +63,7 @@ class BandRun:
             ValueError: If this is no band that may follow.
         """
         backbone = self.backbone
+        backbone.check_band(band)
         first_row = self.pixels // backbone.patch_size
         self._count(band)
         grid_of = backbone.patch_embed.grid_of
@@ -83,12 +84,13 @@ class BandRun:
 
     def _count(self, band: Tensor) -> None:
         """Add the rows of a band; raises ValueError unless it may follow."""
-        rows, width = band.shape[-2:]
-        if self._width not in (None, width):
+        batch, _, rows, width = band.shape
+        if self._size not in (None, (batch, width)):
             raise ValueError(
-                f'All bands must be as wide as the first one, {self._width}, got {width}.'
+                'All bands must have the batch size and width of the first one, '
+                f'{self._size}, got {(batch, width)}.'
             )
-        self._width = width
+        self._size = batch, width
         self.pixels += rows
         if self.pixels > self.height:
             raise ValueError(

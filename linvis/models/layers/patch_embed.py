@@ -19,12 +19,17 @@ class PatchEmbed(nn.Module):
         embed_dims: Channels of a token.
         patch_size: Side of a patch in pixels.
         name: Name of the projection in state dicts.
+
+    Raises:
+        ValueError: If patch_size is less than 1.
     """
 
     def __init__(
         self, in_channels: int, embed_dims: int, patch_size: int, name: str = 'projection'
     ) -> None:
         super().__init__()
+        if patch_size < 1:
+            raise ValueError(f'patch_size must be at least 1, got {patch_size}.')
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.name = name

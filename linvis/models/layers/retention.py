@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class Retention(nn.Module):
         ViR: Towards Efficient Vision Retention Backbones, arXiv:2310.19731.
     """
 
+    log_gamma: Tensor
+
     def __init__(
         self, embed_dims: int, num_heads: int, *, decay: str, direction: str, backend: str
     ) -> None:
@@ -79,6 +82,12 @@ class Retention(nn.Module):
         self.out_proj = nn.Linear(embed_dims, embed_dims)
         self.register_buffer('log_gamma', log_decays(num_heads), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Retention:
+        super()._apply(fn, recurse)
+        # decays stay float32 where the module is cast, and are there where memory was made anew
+        self.log_gamma = log_decays(self.num_heads).to(self.log_gamma.device)
+        return self
+
     def forward(self, x: Tensor, hw: tuple[int, int], state: StreamState | None = None) -> Tensor:
         """Mix tokens.
 
@@ -95,12 +104,11 @@ class Retention(nn.Module):
             ValueError: If there is a state and the direction is not 'causal'.
         """
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in self.qkv(x).chunk(3, dim=-1))
-        log_gamma: Tensor = self.log_gamma  # type: ignore[assignment]
         grid = hw if self.decay == '2d' else None
         if state is None:
-            o = retention(q, k, v, log_gamma, grid, self.direction, backend=self.backend)
+            o = retention(q, k, v, self.log_gamma, grid, self.direction, backend=self.backend)
         else:
             o, state.value = retention_with_state(
-                q, k, v, log_gamma, grid, state.value, self.direction
+                q, k, v, self.log_gamma, grid, state.value, self.direction
             )
         return self.out_proj(o.flatten(2))

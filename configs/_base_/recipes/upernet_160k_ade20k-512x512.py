@@ -5,9 +5,9 @@ The backbone is still that of the library, a ResNet-50.
 
 _base_ = [
     'mmseg::_base_/models/upernet_r50.py',
-    '../../_base_/datasets/ade20k_512x512.py',
+    '../datasets/ade20k_512x512.py',
     'mmseg::_base_/schedules/schedule_160k.py',
-    '../../_base_/runtime_seg.py',
+    '../runtime_seg.py',
 ]
 
 model = dict(

@@ -1,9 +1,9 @@
 """ImageNet-1k as the authors of ViG train it, without the network."""
 
 _base_ = [
-    '../../_base_/datasets/imagenet_bs64_224.py',
+    '../datasets/imagenet_bs64_224.py',
     'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
-    '../../_base_/runtime_cls.py',
+    '../runtime_cls.py',
 ]
 
 model = dict(

@@ -5,9 +5,9 @@ Backbone and neck are still those of the library, a ResNet-50 and FPN.
 
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
-    '../../_base_/datasets/coco_instance.py',
+    '../datasets/coco_instance.py',
     'mmdet::_base_/schedules/schedule_1x.py',
-    '../../_base_/runtime_det.py',
+    '../runtime_det.py',
 ]
 
 # For 8 x 2 = 16 pictures. The default constructor does not know RMSNorm for a norm, hence

@@ -1,0 +1,23 @@
+"""Mask R-CNN with ViR-B/16 and the simple feature pyramid on COCO, by a recipe of ours.
+
+Reproduces: nothing published. The authors of ViR have published neither code nor weights for
+    detection; the recipe is ours: that of Swin Transformer with the layer-wise decay of learning
+    rates that Vision-RWKV has for plain backbones of 12 layers.
+    Retention goes in both directions, over rows and columns.
+    Mixed precision: --amp --cfg-options optim_wrapper.dtype=bfloat16.
+Hardware: 8 GPUs x 2 pictures; with fewer GPUs keep 16 pictures in all, or scale the learning rate
+    with --auto-scale-lr.
+Duration: unknown, not measured here.
+Expected: not measured here yet; there is no value to compare with.
+Command: bash tools/dist_train.sh configs/vir/mask-rcnn_vir-base_sfp_8xb2-1x_coco.py 8
+    --cfg-options model.backbone.init_cfg.type=Pretrained
+    model.backbone.init_cfg.checkpoint=CHECKPOINT model.backbone.init_cfg.prefix=backbone.
+    where CHECKPOINT is a classifier trained with vir-base_16xb64-310e_in1k.py and
+    --cfg-options model.backbone.direction=bidirectional: weights of the causal form load as well,
+    but they have learnt to see only what is to the left and above.
+    Without these options training starts from random weights.
+"""
+
+_base_ = './mask-rcnn_vir-small_sfp_8xb2-1x_coco.py'
+
+model = dict(backbone=dict(arch='base', drop_path_rate=0.3), neck=dict(in_channels=768))

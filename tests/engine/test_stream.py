@@ -1,0 +1,209 @@
+"""tools/stream.py: bands give what the whole picture gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+
+from linvis import compat
+from linvis.cli import main_stream
+from linvis.engine import stream
+from linvis.engine.errors import LaunchError
+
+compat.install()
+
+from mmseg.structures import SegDataSample  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+BACKBONE = """dict(
+        type='linvis.ViR', arch=dict(embed_dims=16, depth=2, num_heads=2), img_size=32,
+        patch_size=8, retention='2d', layer_scale_init=1.0, out_type='{out_type}',
+    )"""
+PREPROCESSOR = 'mean=[120.0, 110.0, 100.0], std=[60.0, 50.0, 40.0]'
+CLASSIFIER = f"""
+default_scope = 'mmpretrain'
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict({PREPROCESSOR}, to_rgb=True),
+    backbone={BACKBONE.format(out_type='cls_token')},
+    head=dict(type='LinearClsHead', num_classes=7, in_channels=16),
+)
+"""
+SEGMENTOR = f"""
+default_scope = 'mmseg'
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor', {PREPROCESSOR}, bgr_to_rgb=True),
+    backbone={BACKBONE.format(out_type='featmap')},
+    decode_head=dict(
+        type='FCNHead', in_channels=16, channels=16, num_convs=0, kernel_size=1,
+        concat_input=False, num_classes=5, in_index=0,
+    ),
+    test_cfg=dict(mode='whole'),
+)
+"""
+
+
+@pytest.fixture(autouse=True, scope='module')
+def libraries():
+    compat.install()
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def built(text):
+    Path('config.py').write_text(text)
+    cfg = Config.fromfile('config.py')
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    torch.save({'state_dict': model.state_dict()}, 'model.pth')
+    return model
+
+
+def picture_of(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def normalised(picture):
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    mean, std = torch.tensor([120.0, 110.0, 100.0]), torch.tensor([60.0, 50.0, 40.0])
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def whole_labels(model, picture):
+    """As tools/test.py computes them."""
+    sample = SegDataSample(
+        metainfo={'img_shape': picture.shape[:2], 'ori_shape': picture.shape[:2]}
+    )
+    bgr = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1)
+    (result,) = model.test_step({'inputs': [bgr], 'data_samples': [sample]})
+    return result.pred_sem_seg.data[0].numpy()
+
+
+@pytest.mark.parametrize('band', [1, 2, 9])
+def test_scores_of_bands_are_those_of_the_whole(band, capsys):
+    model, picture = built(CLASSIFIER), picture_of(45, 30)
+    scores = stream.classify(model, stream.bands_of(picture, 8 * band), 45)
+    with torch.no_grad():
+        expected = model.head(model.backbone(normalised(picture)))[0].softmax(-1)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    np.save('picture.npy', picture)
+    command = ['config.py', 'model.pth', 'picture.npy', '--band', str(band), '--device', 'cpu']
+    assert main_stream(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(line for line in lines if line.startswith('class'))
+    assert int(first.split()[1]) == expected.argmax()
+    assert float(first.split()[2]) == pytest.approx(expected.max().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize('height', [8, 40, 45, 50])
+@pytest.mark.parametrize('band', [1, 2, 9])
+def test_labels_of_bands_are_those_of_the_whole(band, height):
+    model, picture = built(SEGMENTOR), picture_of(height, 30)
+    parts = list(stream.segment(model, stream.bands_of(picture, 8 * band), height))
+    labels = np.concatenate(parts)
+    expected = whole_labels(model, picture)
+    assert labels.shape == expected.shape == (height, 30)
+    assert (labels == expected).mean() > 0.995  # a tie may fall either way
+
+
+def test_label_map_is_written(capsys):
+    model, picture = built(SEGMENTOR), picture_of(45, 30)
+    Image.fromarray(picture).save('picture.png')
+    command = ['config.py', 'model.pth', 'picture.png', '--band', '2', '--device', 'cpu']
+    assert main_stream([*command, '--out', 'labels.png']) == 0
+    assert 'Label map: labels.png' in capsys.readouterr().out
+    labels = np.asarray(Image.open('labels.png'))
+    assert (labels == whole_labels(model, picture)).mean() > 0.995
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (("retention='2d'", "retention='2d', direction='bidirectional'"), 'with a causal ViR'),
+        (('kernel_size=1', 'kernel_size=3'), None),
+        (('num_convs=0, kernel_size=1', 'num_convs=1, kernel_size=3'), 'kernel_size=1'),
+        (('num_classes=5', 'num_classes=5, align_corners=True'), 'without align_corners'),
+        (('num_classes=5', 'num_classes=300'), 'of 2 to 256 classes with a score each, got 300'),
+        (('num_classes=5', 'num_classes=2, out_channels=1, threshold=0.5'), 'a score each, got 1'),
+    ],
+)
+def test_models_that_need_the_whole_picture_are_refused(change, message):
+    model = built(SEGMENTOR.replace(*change))
+    if message is None:  # without convolutions the kernel size means nothing
+        assert list(stream.segment(model, stream.bands_of(picture_of(16, 16), 8), 16))
+        return
+    with pytest.raises(LaunchError, match=message):
+        list(stream.segment(model, stream.bands_of(picture_of(16, 16), 8), 16))
+
+
+def test_classifier_with_a_neck_is_refused():
+    neck = "    neck=dict(type='GlobalAveragePooling'),\n    head="
+    text = CLASSIFIER.replace("'cls_token'", "'featmap'").replace('    head=', neck)
+    with pytest.raises(LaunchError, match="needs out_type='cls_token' or 'avg_featmap'"):
+        stream.classify(built(text), stream.bands_of(picture_of(16, 16), 8), 16)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['model.pth', 'none.png'], 'There is no picture none.png'),
+        (['model.pth', 'config.py'], 'config.py cannot be read as a picture'),
+        (['model.pth', 'bad.npy'], 'hold bytes (H, W, 3), at least one pixel, got float64 (2, 2)'),
+        (['model.pth', 'text.npy'], 'text.npy cannot be read as an array'),
+        (['model.pth', 'deep.png'], 'deep.png has more than 8 bits a channel (I;16)'),
+        (['model.pth', 'picture.npy', '--out', 'x/y.png'], '--out must be a .png file in a folder'),
+        (['model.pth', 'picture.npy', '--out', 'y.png'], '--out is for label maps'),
+        (['none.pth', 'picture.npy'], 'There is no checkpoint file none.pth'),
+        (['model.pth', 'picture.npy', '--band', '0'], '--band must be at least 1, not 0'),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(options, message, capsys):
+    built(CLASSIFIER)
+    np.save('picture.npy', picture_of(16, 16))
+    np.save('bad.npy', np.zeros((2, 2)))
+    Path('text.npy').write_text('text')
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save('deep.png')
+    assert main_stream(['config.py', *options, '--device', 'cpu']) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert 'Traceback' not in error
+
+
+def test_config_on_a_library_and_preprocessor_beside_the_model():
+    base = ROOT / 'configs' / 'sanity' / '_base_' / 'upernet_ade20k-40-512x512.py'
+    Path('on_mmseg.py').write_text(
+        f"_base_ = '{base}'\n" + SEGMENTOR.replace('model = dict(', 'model = dict(_delete_=True,')
+    )
+    line = f'    data_preprocessor=dict({PREPROCESSOR}, to_rgb=True),\n'
+    beside = CLASSIFIER.replace(line, '') + line.strip(' ,\n')
+    Path('beside.py').write_text(beside)
+    np.save('picture.npy', picture_of(40, 24))
+    for config in ('on_mmseg.py', 'beside.py'):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / 'tools/stream.py'), config, 'none', 'picture.npy',
+             '--device', 'cpu'],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_picture_is_turned_as_its_camera_says():
+    image = Image.fromarray(picture_of(20, 40))
+    exif = image.getexif()
+    exif[274] = 6
+    image.save('turned.jpg', exif=exif)
+    assert stream.open_picture(Path('turned.jpg')).shape == (40, 20, 3)
