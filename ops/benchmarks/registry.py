@@ -87,10 +87,7 @@ class Operator:
 
     def test_files(self) -> tuple[str, ...]:
         """The tests that have to pass first, relative to the top of the checkout."""
-        files = (
-            f'tests/ops/test_{self.name}{kind}.py'
-            for kind in ('', '_cuda', '_gpu', '_stream', '_triton')
-        )
+        files = (f'tests/ops/test_{self.name}{kind}.py' for kind in KINDS)
         return tuple(file for file in files if (ROOT / file).is_file())
 
 

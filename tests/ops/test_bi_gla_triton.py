@@ -43,9 +43,9 @@ not_interpreted = pytest.mark.skipif(interpreting(), reason='long in the interpr
 def test_every_division_computes_the_definition(
     backend, device, tokens, length, segment, gate, dtype
 ):
+    from linvis_ops._chunks import Launch
     from linvis_ops.bi_gla.kernels_triton import bi_gla_forward
     from linvis_ops.bi_gla.kernels_triton_backward import bi_gla_backward as triton_backward
-    from linvis_ops._chunks import Launch
 
     chunks = -(-tokens // length)
     segments = -(-chunks // segment)
