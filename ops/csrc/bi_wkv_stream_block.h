@@ -72,7 +72,7 @@ struct Block {
       }
       for (int i = 0; i < 2; ++i) {
         summed[i].init(2);
-        entered[i].init(1);
+        entered[i].init(32);
       }
       *marked = 0;
     }
@@ -211,8 +211,7 @@ struct Helper : Block<T, Shape> {
     float* out = this->entering + ((i & 1) * SUMS + half * (SUMS / 2)) * WIDTH + 2 * pair;
     *reinterpret_cast<float2*>(out) = top;
     *reinterpret_cast<float2*>(out + WIDTH) = bottom;
-    __syncwarp();
-    if (lane == 0) this->entered[i & 1].arrive();
+    this->entered[i & 1].arrive();
   }
 };
 
