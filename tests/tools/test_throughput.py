@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ def test_shapes_are_pixels_and_batch(monkeypatch):
     monkeypatch.setattr('sys.argv', ['throughput.py', '--shape', '224x256', '512x64'])
     args = throughput.parse_arguments()
     assert args.shape == [(224, 256), (512, 64)]
-    assert args.arch == ['tiny']
-    assert not args.eager_only
+    assert args.network == ['vrwkv-tiny']
 
 
 @pytest.mark.parametrize('text', ['224', 'x', '224x', '0x8', '-3x4', '224x256x3', 'axb'])
@@ -29,10 +29,27 @@ def test_other_shapes_are_refused(monkeypatch, capsys, text):
     assert f'expected PIXELSxBATCH, such as 224x256, got {text!r}' in capsys.readouterr().err
 
 
-def test_unknown_arch_is_refused(monkeypatch, capsys):
+def test_unknown_network_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, '--arch', 'tyni')
-    assert "'tyni'" in capsys.readouterr().err
+        run(monkeypatch, '--network', 'vig-tyni')
+    assert "'vig-tyni'" in capsys.readouterr().err
+
+
+def test_networks_have_the_names_of_their_configs():
+    configs = [path.name for path in Path('configs').glob('*/v*_in1k*.py')]
+    assert len(configs) >= 15
+    named = {config.partition('_')[0] for config in configs}
+    named -= {'vir-large-p14'}  # vir-large with patches of 14 pixels
+    assert named <= set(throughput.NETWORKS)
+
+
+@pytest.mark.parametrize(
+    'name', ['vrwkv-tiny', 'vig-tiny', 'vig-h-tiny', 'vir-small', 'vir-hybrid-tiny']
+)
+def test_networks_give_one_vector_a_picture(monkeypatch, name):
+    monkeypatch.setattr('torch.nn.Module.cuda', lambda self: self)
+    (features,) = throughput.build(name, 64)(torch.zeros(1, 3, 64, 64))
+    assert features.dim() == 2
 
 
 @needs_no_gpu
@@ -50,33 +67,35 @@ def test_missing_timm_is_told_before_anything_is_measured(monkeypatch, capsys):
     assert capsys.readouterr().err == '--rival needs timm: pip install timm.\n'
 
 
-def test_every_network_is_measured_eager_and_compiled_at_every_shape(monkeypatch, tmp_path):
+def test_everything_asked_for_is_measured(monkeypatch, tmp_path):
     calls = []
 
     def measure(*call):
         calls.append(call)
-        return [{'ms': 1.0}]
+        failed = {'failed': 'out of memory'} if call[1] == 96 else {}
+        return {'network': call[0], **failed}
 
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
-    monkeypatch.setattr('torch.cuda.get_device_name', lambda: 'a GPU')
+    monkeypatch.setattr(throughput.results, 'make_header', lambda *_: {'gpu': 'a GPU'})
     monkeypatch.setattr(throughput, 'measure', measure)
     out = tmp_path / 'rows.json'
-    assert run(monkeypatch, '--arch', 'tiny', '--shape', '224x8', '96x2', '--out', str(out)) == 0
+    arguments = ('--network', 'vig-tiny', '--mode', 'train', '--out', str(out))
+    assert run(monkeypatch, *arguments, '--shape', '224x8', '96x2') == 1  # the second one failed
     assert calls == [
-        ('linvis', 'tiny', 224, 8, False),
-        ('linvis', 'tiny', 224, 8, True),
-        ('linvis', 'tiny', 96, 2, False),
-        ('linvis', 'tiny', 96, 2, True),
+        ('vig-tiny', 224, 8, 'train', 'eager'),
+        ('vig-tiny', 224, 8, 'train', 'compiled'),
+        ('vig-tiny', 96, 2, 'train', 'eager'),
+        ('vig-tiny', 96, 2, 'train', 'compiled'),
     ]
     written = json.loads(out.read_text())
-    assert written['gpu'] == 'a GPU'
+    assert written['header'] == {'gpu': 'a GPU'}
     assert len(written['rows']) == 4
 
 
 @pytest.mark.gpu
 def test_rows_of_a_network_on_a_gpu(monkeypatch, tmp_path):
     out = tmp_path / 'rows.json'
-    assert run(monkeypatch, '--shape', '64x2', '--eager-only', '--out', str(out)) == 0
+    assert run(monkeypatch, '--shape', '64x2', '--form', 'eager', '--out', str(out)) == 0
     rows = json.loads(out.read_text())['rows']
     assert [row['mode'] for row in rows] == ['inference', 'train']
     assert all(row['images_s'] > 0 and row['peak_mib'] > 0 for row in rows)

@@ -1,18 +1,18 @@
 """Measure pictures a second and peak memory of backbones on a GPU, beside networks of timm.
 
-    python tools/analysis/throughput.py --arch tiny small --rival deit_tiny_patch16_224 \
-        --shape 224x256 512x64 --out throughput.json
+    python tools/analysis/throughput.py --network vrwkv-tiny vig-tiny \
+        --rival deit_tiny_patch16_224 --shape 224x256 512x64 --out throughput.json
 
 A shape is PIXELSxBATCH. Every network runs under bfloat16 autocast, eager and compiled, in
 inference and in training (forward and backward). A figure is the median over the runs of a fixed
-time.
+time; peak memory is what PyTorch had allocated at most, weights included. Exit status: 0, or 1 if
+nothing can be measured or a network of ours failed.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import platform
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from linvis.models import VRWKV
+from linvis.models import VRWKV, HybridViR, ViG, ViGHierarchical, ViR
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'ops'))
+
+from benchmarks import results
+
+OPS = Path(results.__file__).parents[1]
+FAMILIES = {
+    'vrwkv': VRWKV,
+    'vig': ViG,
+    'vig-h': ViGHierarchical,
+    'vir': ViR,
+    'vir-hybrid': HybridViR,
+}
+# Backbones by the names that their configs begin with.
+NETWORKS = {
+    f'{family}-{arch}': (backbone, arch)
+    for family, backbone in FAMILIES.items()
+    for arch in backbone.archs
+}
+MODES = ('inference', 'train')
+FORMS = ('eager', 'compiled')
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -36,21 +57,30 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument(
-        '--arch', nargs='*', default=['tiny'], choices=sorted(VRWKV.archs), help='archs of VRWKV'
+        '--network',
+        nargs='*',
+        default=['vrwkv-tiny'],
+        choices=NETWORKS,
+        metavar='NAME',
+        help=f'one or more of {", ".join(NETWORKS)}',
     )
     parser.add_argument('--rival', nargs='*', default=[], help='names of timm networks')
     parser.add_argument(
         '--shape', nargs='+', type=shape, default=[(224, 256)], metavar='PIXELSxBATCH'
     )
-    parser.add_argument('--eager-only', action='store_true', help='do not compile')
-    parser.add_argument('--out', help='JSON file for the rows')
+    parser.add_argument('--mode', nargs='+', choices=MODES, default=MODES)
+    parser.add_argument('--form', nargs='+', choices=FORMS, default=FORMS)
+    parser.add_argument('--commit', help='commit that is measured, where git is not there to say')
+    parser.add_argument('--out', type=Path, help='JSON file for the rows')
     return parser.parse_args()
 
 
-def build(kind: str, name: str, pixels: int) -> nn.Module:
-    """A backbone of ours ('linvis') or of timm, on the GPU."""
-    if kind == 'linvis':
-        return VRWKV(arch=name, img_size=pixels, out_type='avg_featmap').cuda()
+def build(name: str, pixels: int) -> nn.Module:
+    """A backbone of ours, or else a network of timm without its head, on the GPU."""
+    if name in NETWORKS:
+        backbone, arch = NETWORKS[name]
+        settings = {'img_size': pixels} if backbone in (VRWKV, ViG, ViR) else {}
+        return backbone(arch=arch, out_type='avg_featmap', **settings).cuda()
     import timm
 
     kwargs = {'img_size': pixels} if 'vit' in name or 'deit' in name else {}
@@ -77,34 +107,36 @@ def runner(model: nn.Module, x: torch.Tensor, train: bool) -> Callable[[], Any]:
     return step if train else inference
 
 
-def measure(kind: str, name: str, pixels: int, batch: int, compiled: bool) -> list[dict[str, Any]]:
-    """Rows of one network at one shape."""
+def measure(name: str, pixels: int, batch: int, mode: str, form: str) -> dict[str, Any]:
+    """The row of one network at one shape; `failed` in it says why there are no figures."""
     from triton.testing import do_bench  # only where there is a GPU is triton certain
 
-    rows = []
-    for train in (False, True):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        model: nn.Module = build(kind, name, pixels).train(train)
-        if compiled:
-            model = torch.compile(model, fullgraph=True)
+    train = mode == 'train'
+    row: dict[str, Any] = {
+        'network': name,
+        'mode': mode,
+        'form': form,
+        'pixels': pixels,
+        'batch': batch,
+    }
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        model = build(name, pixels).train(train)
+        if form == 'compiled':
+            model.compile(fullgraph=True)
         run = runner(model, torch.randn(batch, 3, pixels, pixels, device='cuda'), train)
         run()
         milliseconds = do_bench(run, warmup=100, rep=600, return_mode='median')
-        rows.append(
-            {
-                'network': f'{kind} {name}',
-                'mode': 'train' if train else 'inference',
-                'compiled': compiled,
-                'pixels': pixels,
-                'batch': batch,
-                'ms': round(milliseconds, 3),
-                'images_s': round(batch / milliseconds * 1e3, 1),
-                'peak_mib': round(torch.cuda.max_memory_allocated() / 2**20),
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+    except RuntimeError as error:  # out of memory, or what a compiler cannot do
+        return {**row, 'failed': f'{type(error).__name__}: {str(error).splitlines()[0]}'}
+    return {
+        **row,
+        'ms': round(milliseconds, 3),
+        'images_s': round(batch / milliseconds * 1e3, 1),
+        'peak_mib': round(torch.cuda.max_memory_allocated() / 2**20),
+    }
 
 
 def main() -> int:
@@ -116,21 +148,19 @@ def main() -> int:
     if args.rival and importlib.util.find_spec('timm') is None:
         print('--rival needs timm: pip install timm.', file=sys.stderr)
         return 1
-    networks = [('linvis', name) for name in args.arch] + [('timm', name) for name in args.rival]
-    rows = []
+    command = f'python {shlex.join(["tools/analysis/throughput.py", *sys.argv[1:]])}'
+    header = results.make_header(OPS, command, args.commit)
+    rows: list[dict[str, Any]] = []
     for pixels, batch in args.shape:
-        for kind, name in networks:
-            for compiled in (False,) if args.eager_only else (False, True):
-                rows += measure(kind, name, pixels, batch, compiled)
-    if args.out:
-        header = {
-            'gpu': torch.cuda.get_device_name(),
-            'torch': torch.__version__,
-            'triton': importlib.metadata.version('triton'),
-            'python': platform.python_version(),
-        }
-        Path(args.out).write_text(json.dumps({**header, 'rows': rows}, indent=1) + '\n')
-    return 0
+        for name in (*args.network, *args.rival):
+            for form in args.form:
+                for mode in args.mode:
+                    rows.append(measure(name, pixels, batch, mode, form))
+                    print(rows[-1], flush=True)
+                    if args.out:  # a run that is stopped keeps what it has
+                        text = json.dumps({'header': header, 'rows': rows}, indent=1)
+                        args.out.write_text(text + '\n')
+    return int(any('failed' in row and row['network'] in NETWORKS for row in rows))
 
 
 if __name__ == '__main__':
