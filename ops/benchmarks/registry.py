@@ -16,6 +16,7 @@ import linvis_ops
 from benchmarks.passes import Function, Shape
 from benchmarks.rivals import (
     COPY,
+    FLA_GLA_STACKED,
     FLA_GLA_TWICE,
     FLA_RETENTION,
     FLA_RWKV4_TWICE,
@@ -27,6 +28,7 @@ from linvis_ops import testing
 ROOT = Path(__file__).resolve().parents[2]
 # Files of tests of an operator: test_<operator><kind>.py.
 KINDS = ('', '_cuda', '_gpu', '_stream', '_triton')
+SHARED_TESTS = 'tests/ops/test_operators_on_gpu.py'
 Inputs = tuple[Tensor, ...]
 Traffic = Callable[[Shape, int], tuple[int, int]]
 
@@ -87,8 +89,8 @@ class Operator:
 
     def test_files(self) -> tuple[str, ...]:
         """The tests that have to pass first, relative to the top of the checkout."""
-        files = (f'tests/ops/test_{self.name}{kind}.py' for kind in KINDS)
-        return tuple(file for file in files if (ROOT / file).is_file())
+        files = [f'tests/ops/test_{self.name}{kind}.py' for kind in KINDS]
+        return tuple(file for file in (*files, SHARED_TESTS) if (ROOT / file).is_file())
 
 
 def tokens(shape: Shape) -> int:
@@ -179,7 +181,7 @@ OPERATORS = (
             s['B'], s['T'], s['H'], s['K'], s['V'], dtype, device
         ),
         traffic=gla_traffic,
-        rivals=(*SDPA, FLA_GLA_TWICE, COPY),
+        rivals=(*SDPA, FLA_GLA_TWICE, FLA_GLA_STACKED, COPY),
     ),
     # causal, in a sequence
     Operator(

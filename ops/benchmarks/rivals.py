@@ -141,6 +141,28 @@ def _fla_gla(shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, 
 FLA_GLA_TWICE = Rival('fla_gla_x2', _fla_gla)
 
 
+def _fla_gla_stacked(
+    shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]
+) -> Runnable:
+    gla = imported('fla.ops.gla', 'fla-core', 'chunk_gla')
+    batch, tokens, heads, keys, values = (shape[axis] for axis in 'BTHKV')
+    inputs = bi_gla_inputs(batch, tokens, heads, keys, values, dtype, device)
+
+    def forward() -> Tensor:
+        q, k, v, g_fwd, g_bwd = inputs
+        q, k, v = (torch.cat((x, x.flip(1))) for x in (q, k, v))
+        o, _ = gla(q=q, k=k, v=v, g=torch.cat((g_fwd, g_bwd.flip(1))))
+        o, reversed_o = o.chunk(2)
+        return (o + reversed_o.flip(1)) / 2
+
+    return Function(forward, inputs)
+
+
+# The same in one run over the inputs and their reversed copies, stacked along the batch, as the
+# authors of ViG train.
+FLA_GLA_STACKED = Rival('fla_gla_stacked', _fla_gla_stacked)
+
+
 def _fla_retention(
     shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]
 ) -> Runnable:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         operators = [operator for operator in named(args.op) if not operator.missing()]
     except ValueError as error:
         return run.complain(f'verify.py: {error}')
-    files = [file for operator in operators for file in operator.test_files()]
+    files = list(dict.fromkeys(file for each in operators for file in each.test_files()))
     if not passed(files):
         print(f'Nothing is measured, since not all is well in {" ".join(files)}.', file=sys.stderr)
         return 1

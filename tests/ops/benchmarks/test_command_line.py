@@ -151,7 +151,8 @@ def test_red_tests_stop_the_measurement(with_gpu, monkeypatch, capsys):
     monkeypatch.setattr(run, 'main', lambda *_: pytest.fail('measured'))
     assert verify.main(['--op', 'bi_wkv', 'q_shift']) == 1
     kinds = ('', '_cuda', '_gpu', '_stream')
-    files = [*(f'tests/ops/test_bi_wkv{kind}.py' for kind in kinds), 'tests/ops/test_q_shift.py']
+    files = [f'tests/ops/test_bi_wkv{kind}.py' for kind in kinds]
+    files += ['tests/ops/test_operators_on_gpu.py', 'tests/ops/test_q_shift.py']
     assert tested == [files]
     assert 'Nothing is measured' in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks.passes import PASSES, Copies, Function
 from benchmarks.registry import OPERATORS, elements, named, tokens
 from benchmarks.rivals import (
+    FLA_GLA_STACKED,
     FLA_GLA_TWICE,
     FLA_RETENTION,
     FLA_RWKV4_TWICE,
@@ -215,10 +216,9 @@ def test_absent_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'fla', None)
     with pytest.raises(UnavailableError, match='fla-core cannot be used'):
         FLA_RWKV4_TWICE.prepare({'B': 1, 'T': 2, 'C': 3}, torch.float32, 'cpu', {})
-    with pytest.raises(UnavailableError, match='fla-core cannot be used'):
-        FLA_GLA_TWICE.prepare(GLA, torch.float32, 'cpu', {})
-    with pytest.raises(UnavailableError, match='fla-core cannot be used'):
-        FLA_RETENTION.prepare(GLA, torch.float32, 'cpu', {})
+    for rival in (FLA_GLA_TWICE, FLA_GLA_STACKED, FLA_RETENTION):
+        with pytest.raises(UnavailableError, match='fla-core cannot be used'):
+            rival.prepare(GLA, torch.float32, 'cpu', {})
     with pytest.raises(UnavailableError, match='mathematics cannot be used'):
         imported('math', 'mathematics', 'squareroot')
 
@@ -246,9 +246,10 @@ def causal(q, k, v, g):
     return torch.stack(outputs, 1), None
 
 
-def test_two_runs_of_fla_are_the_operator(monkeypatch):
+@pytest.mark.parametrize('rival', [FLA_GLA_TWICE, FLA_GLA_STACKED], ids=lambda rival: rival.name)
+def test_both_directions_of_fla_are_the_operator(monkeypatch, rival):
     monkeypatch.setattr('benchmarks.rivals.imported', lambda *_: causal)
-    function = FLA_GLA_TWICE.prepare(GLA, torch.float32, 'cpu', {})
+    function = rival.prepare(GLA, torch.float32, 'cpu', {})
     (operator,) = named(['bi_gla'])
     expected = operator.prepare(GLA, torch.float32, 'cpu', 'reference')
     for pass_name in ('fwd', 'fwd+bwd'):
