@@ -269,13 +269,13 @@ TRITON_DEVICES = [param for param in BACKENDS if param.values[0] == 'triton']
 @pytest.mark.parametrize(
     ('tokens', 'decay', 'length', 'blocks', 'group', 'at_once'),
     [
-        (37, None, 16, 1, 0, 4),
+        (37, None, 16, 1, 9, 4),  # one group, which is not asked for
         (37, None, 8, 1, 2, 1),
         (37, None, 8, 2, 3, 2),
-        pytest.param(37, None, 4, 3, 0, 3, marks=not_interpreted),
+        pytest.param(37, None, 4, 3, 9, 3, marks=not_interpreted),
         pytest.param(37, None, 16, 8, 2, 4, marks=not_interpreted),
         # |w| that is too large for sums in registers
-        pytest.param(11, 12.0, 4, 1, 0, 4, marks=not_interpreted),
+        pytest.param(11, 12.0, 4, 1, 9, 4, marks=not_interpreted),
         (11, 12.0, 4, 1, 2, 1),
     ],
 )
@@ -314,7 +314,7 @@ def test_division_covers_the_sequence(shape):
         size = launch.length * launch.blocks
         assert (launch.lanes - 1) * size < shape[1] <= launch.lanes * size
         # every lane asks every group and the lanes of its own group
-        assert (launch.lanes / launch.group + launch.group if launch.group else launch.lanes) <= 600
+        assert launch.lanes / launch.group + launch.group <= 600
 
 
 @pytest.mark.parametrize(('backend', 'device'), COMPILED)

@@ -60,6 +60,22 @@ def test_bi_wkv(compiled, dtype):
     }
 
 
+def test_bi_wkv_compiles_once_for_all_batches_and_lengths(kernels, monkeypatch):
+    from linvis_ops.bi_wkv import kernels_triton, kernels_triton_backward, launch
+
+    rules = dict.fromkeys(('fwd', 'bwd'), launch.Rule(length=4))  # compiles faster than more
+    monkeypatch.setattr(launch, 'rules_of', lambda device: (rules, 132))
+    launches = []
+    for batch, tokens in ((1, 1), (2, 196), (128, 196), (2, 1024), (1, 4096)):
+        inputs = [t.detach() for t in bi_wkv_inputs(batch, tokens, 64, torch.bfloat16)]
+        launches.append(launch.launch_for(inputs[3], 'bwd'))
+        kernels_triton.bi_wkv_forward(*inputs)
+        kernels_triton_backward.bi_wkv_backward(inputs[3], *inputs)
+    assert {each.group < each.lanes for each in launches} == {True, False}
+    variants = {(name, kernel.hash) for name, kernel in kernels if name != 'sum_rows_kernel'}
+    assert len(variants) == len({name for name, _ in variants}) == 5
+
+
 @pytest.mark.parametrize(('segments', 'gates'), [(1, torch.float32), (2, torch.bfloat16)])
 def test_bi_gla(compiled, segments, gates):
     from linvis_ops._chunks import Launch

@@ -124,29 +124,27 @@ def entering(
 
 @triton.jit
 def entering_lane(
-    w2, lanes, groups, batch, n, N, size, mask, c, C: tl.constexpr, GROUP: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    w2, lanes, groups, batch, n, N, size, group, mask, c, C: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """What enters lane n from before and from behind: two sets of sums."""
+    """What enters lane n from before and from behind: two sets of sums.
+
+    Lanes of its own group are asked one by one, of the others their groups.
+    """
     p_lanes = lanes + batch * N * (LANE * C) + c
     start = n * size
     stop = start + size
-    if GROUP == 0:
-        fv, fd, f0, f1 = entering(w2, p_lanes, 0, n, size, start, stop, mask, C, AT_ONCE)
-        bv, bd, b0, b1 = entering(w2, p_lanes, n + 1, N, size, start, stop, mask, C, AT_ONCE)
-    else:
-        G = (N + GROUP - 1) // GROUP
-        g = n // GROUP
-        p_groups = groups + batch * G * (LANE * C) + c
-        first = g * GROUP
-        last = tl.minimum(first + GROUP, N)
-        span = size * GROUP
-        fv, fd, f0, f1 = entering(w2, p_groups, 0, g, span, start, stop, mask, C, AT_ONCE)
-        v, d, s0, s1 = entering(w2, p_lanes, first, n, size, start, stop, mask, C, AT_ONCE)
-        fv, fd, f0, f1 = join(w2, fv, fd, f0, f1, v, d, s0, s1)
-        bv, bd, b0, b1 = entering(w2, p_groups, g + 1, G, span, start, stop, mask, C, AT_ONCE)
-        v, d, s0, s1 = entering(w2, p_lanes, n + 1, last, size, start, stop, mask, C, AT_ONCE)
-        bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, v, d, s0, s1)
+    G = (N + group - 1) // group
+    g = n // group
+    p_groups = groups + batch * G * (LANE * C) + c
+    first = g * group
+    last = tl.minimum(first + group, N)
+    span = size * group
+    fv, fd, f0, f1 = entering(w2, p_groups, 0, g, span, start, stop, mask, C, AT_ONCE)
+    v, d, s0, s1 = entering(w2, p_lanes, first, n, size, start, stop, mask, C, AT_ONCE)
+    fv, fd, f0, f1 = join(w2, fv, fd, f0, f1, v, d, s0, s1)
+    bv, bd, b0, b1 = entering(w2, p_groups, g + 1, G, span, start, stop, mask, C, AT_ONCE)
+    v, d, s0, s1 = entering(w2, p_lanes, n + 1, last, size, start, stop, mask, C, AT_ONCE)
+    bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, v, d, s0, s1)
     return fv, fd, f0, f1, bv, bd, b0, b1
 
 
@@ -310,7 +308,7 @@ def bi_wkv_lane_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=['N', 'G', 'size'])
+@triton.jit(do_not_specialize=['N', 'G', 'size', 'group'])
 def bi_wkv_group_kernel(
     w,
     lanes,  # (B, N, LANE, C)
@@ -318,19 +316,19 @@ def bi_wkv_group_kernel(
     N,
     G,
     size,  # tokens of a lane
+    group,  # lanes of a group
     C: tl.constexpr,
     BC: tl.constexpr,
-    GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Sums of GROUP lanes for the tokens outside the group."""
+    """Sums of the lanes of a group for the tokens outside it."""
     batch, g, c, mask = place(tl.program_id(0), G, C, BC)
     w2 = tl.load(w + c, mask=mask, other=0.0) * LOG2E
     p = lanes + batch * N * (LANE * C) + c
-    first = g * GROUP
-    last = tl.minimum(first + GROUP, N)
+    first = g * group
+    last = tl.minimum(first + group, N)
     start = first * size
-    stop = start + GROUP * size
+    stop = start + group * size
     value, distance, s0, s1 = entering(w2, p, first, last, size, stop, stop, mask, C, AT_ONCE)
     p_group = groups + (batch * G + g) * (LANE * C) + c
     store_fields(p_group, C, mask, value, distance, s0, s1)
@@ -354,9 +352,9 @@ def reference(w2, k, fv, fd, bv, bd, L: tl.constexpr):
 
 @triton.jit
 def walk_for_outputs(
-    batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_rows, v_rows,
+    batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, group, k_rows, v_rows,
     k_stride: tl.constexpr, v_stride: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
-    GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Walk back along lane n, from its last block to its first, and store the outputs."""
     b_w = tl.load(w + c, mask=mask, other=0.0)
@@ -366,7 +364,7 @@ def walk_for_outputs(
     own = exp2(b_u * LOG2E)
     fast = in_range(b_w, b_u, L)
     fv, fd, f0, f1, bv, bd, b0, b1 = entering_lane(
-        w2, lanes, groups, batch, n, N, blocks * L, mask, c, C, GROUP, AT_ONCE
+        w2, lanes, groups, batch, n, N, blocks * L, group, mask, c, C, AT_ONCE
     )
     start = n * blocks * L
     used = tl.minimum(blocks, tl.cdiv(T - start, L))
@@ -416,7 +414,7 @@ def walk_for_outputs(
                 bv, bd, b0, b1 = join(w2, bv, bd, b0, b1, a, j * 1.0, x, 1.0)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_rows', 'v_rows'])
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'group', 'k_rows', 'v_rows'])
 def bi_wkv_out_kernel(
     w,
     u,
@@ -429,6 +427,7 @@ def bi_wkv_out_kernel(
     T,
     N,
     blocks,
+    group,
     k_rows,
     v_rows,
     k_stride: tl.constexpr,
@@ -436,7 +435,6 @@ def bi_wkv_out_kernel(
     C: tl.constexpr,
     L: tl.constexpr,
     BC: tl.constexpr,
-    GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Outputs of a lane, from its last block to its first."""
@@ -444,15 +442,15 @@ def bi_wkv_out_kernel(
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, n, c, mask = place(pid, N, C, BC)
     walk_for_outputs(
-        batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, k_rows, v_rows,
-        k_stride, v_stride, C, L, GROUP, AT_ONCE,
+        batch, n, c, mask, w, u, k, v, y, lanes, groups, states, T, N, blocks, group, k_rows,
+        v_rows, k_stride, v_stride, C, L, AT_ONCE,
     )  # fmt: skip
 
 
 def lane_sums(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of lanes, of groups (those of the lanes if there are no groups), states of blocks."""
+    """Sums of lanes, of groups (those of the lanes if there is one group), states of blocks."""
     batch, tokens, channels = v.shape
     lanes = v.new_empty((batch, launch.lanes, LANE.value, channels), dtype=w.dtype)
     states = v.new_empty((batch, launch.lanes, launch.blocks, BLOCK.value, channels), dtype=w.dtype)
@@ -466,15 +464,15 @@ def lane_sums(
 
 
 def group_sums(w: Tensor, lanes: Tensor, launch: Launch) -> Tensor:
-    """Sums of groups of lanes, (B, G, LANE, C); the lanes themselves if there are no groups."""
-    if not launch.group:
+    """Sums of groups of lanes, (B, G, LANE, C); the lanes themselves if there is one."""
+    count = triton.cdiv(launch.lanes, launch.group)
+    if count == 1:  # asked for by nobody
         return lanes
     batch, _, fields, channels = lanes.shape
-    count = triton.cdiv(launch.lanes, launch.group)
     groups = lanes.new_empty((batch, count, fields, channels))
     bi_wkv_group_kernel[(batch * count * triton.cdiv(channels, launch.channels),)](
-        w, lanes, groups, launch.lanes, count, launch.blocks * launch.length,
-        channels, launch.channels, launch.group, launch.at_once, num_warps=launch.warps,
+        w, lanes, groups, launch.lanes, count, launch.blocks * launch.length, launch.group,
+        channels, launch.channels, launch.at_once, num_warps=launch.warps,
     )  # fmt: skip
     return groups
 
@@ -491,9 +489,9 @@ def bi_wkv_forward(
         lanes, groups, states = lane_sums(w, u, k, v, launch)
         tiles = triton.cdiv(channels, launch.channels)
         bi_wkv_out_kernel[(batch * launch.lanes * tiles,)](
-            w, u, k, v, y, lanes, groups, states, tokens, launch.lanes, launch.blocks,
+            w, u, k, v, y, lanes, groups, states, tokens, launch.lanes, launch.blocks, launch.group,
             rows_between(k), rows_between(v), k.stride(1), v.stride(1),
-            channels, launch.length, launch.channels, launch.group, launch.at_once,
+            channels, launch.length, launch.channels, launch.at_once,
             num_warps=launch.warps,
         )  # fmt: skip
     return y

@@ -73,7 +73,7 @@ def slow_gradient_terms(
     return -sums[8], -sums[9], p, q
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_rows', 'v_rows', 'g_rows'])
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'group', 'k_rows', 'v_rows', 'g_rows'])
 def bi_wkv_adjoint_kernel(
     w,
     u,
@@ -89,6 +89,7 @@ def bi_wkv_adjoint_kernel(
     T,
     N,
     blocks,
+    group,
     k_rows,
     v_rows,
     g_rows,
@@ -98,7 +99,6 @@ def bi_wkv_adjoint_kernel(
     C: tl.constexpr,
     L: tl.constexpr,
     BC: tl.constexpr,
-    GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Sums of p and q of a lane, from its last block to its first."""
@@ -111,7 +111,7 @@ def bi_wkv_adjoint_kernel(
     own = exp2(b_u * LOG2E)
     fast = adjoint_in_range(b_w, b_u, T, L)
     fv, fd, f0, f1, bv, bd, b0, b1 = entering_lane(
-        w2, lanes, groups, batch, n, N, blocks * L, mask, c, C, GROUP, AT_ONCE
+        w2, lanes, groups, batch, n, N, blocks * L, group, mask, c, C, AT_ONCE
     )
     store_fields(enters + (batch * N + n) * (BLOCK * C) + c, C, mask, fv, fd, f0, f1)
     zero = tl.zeros((BC,), tl.float32)
@@ -189,7 +189,7 @@ def bi_wkv_adjoint_kernel(
     store_fields(p_lane + LANE // 2 * C, C, mask, av, ad, a0, a1)
 
 
-@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'k_rows', 'v_rows', 'g_rows'])
+@triton.jit(do_not_specialize=['T', 'N', 'blocks', 'group', 'k_rows', 'v_rows', 'g_rows'])
 def bi_wkv_gradient_kernel(
     w,
     u,
@@ -206,6 +206,7 @@ def bi_wkv_gradient_kernel(
     T,
     N,
     blocks,
+    group,
     k_rows,
     v_rows,
     g_rows,
@@ -215,7 +216,6 @@ def bi_wkv_gradient_kernel(
     C: tl.constexpr,
     L: tl.constexpr,
     BC: tl.constexpr,
-    GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Gradients of a lane, from its first block to its last."""
@@ -228,7 +228,7 @@ def bi_wkv_gradient_kernel(
     fast = adjoint_in_range(b_w, b_u, T, L)
     # p: sums of p and q before a block; z: those behind the lane
     pv, pd, p0, p1, zv, zd, z0, z1 = entering_lane(
-        w2, adjoint_lanes, adjoint_groups, batch, n, N, blocks * L, mask, c, C, GROUP, AT_ONCE
+        w2, adjoint_lanes, adjoint_groups, batch, n, N, blocks * L, group, mask, c, C, AT_ONCE
     )
     fv, fd, f0, f1 = load_fields(enters + (batch * N + n) * (BLOCK * C) + c, C, mask)
     by_w = tl.zeros((BC,), tl.float32)
@@ -383,9 +383,9 @@ def bi_wkv_backward(
         partial = lanes.new_empty((batch * launch.lanes, 2 * channels))
         grid = (batch * launch.lanes * triton.cdiv(channels, launch.channels),)
         division = (
-            tokens, launch.lanes, launch.blocks, rows_between(k), rows_between(v),
+            tokens, launch.lanes, launch.blocks, launch.group, rows_between(k), rows_between(v),
             rows_between(gy), k.stride(1), v.stride(1), gy.stride(1), channels,
-            launch.length, launch.channels, launch.group, launch.at_once,
+            launch.length, launch.channels, launch.at_once,
         )  # fmt: skip
         bi_wkv_adjoint_kernel[grid](
             w, u, k, v, gy, lanes, groups, states, enters, adjoint_lanes, adjoint_states,

@@ -44,7 +44,7 @@ class Launch:
         length: Tokens of a block.
         blocks: Blocks of a lane, which one program walks along.
         lanes: Lanes of a sequence: ceil(T / (length * blocks)).
-        group: Lanes of a group whose sums are joined in a launch of their own; 0: no groups.
+        group: Lanes of a group whose sums are joined in a launch of their own; all: no groups.
         channels: Channels of a program.
         warps: Warps of a program.
         at_once: Sums of other lanes that are loaded together.
@@ -101,7 +101,7 @@ def launch_for(x: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
         length=rule.length,
         blocks=blocks,
         lanes=lanes,
-        group=rule.group if lanes > rule.group_above else 0,
+        group=rule.group if lanes > rule.group_above else lanes,
         channels=width,
         warps=max(width // (32 * rule.per_thread), 1),
         at_once=rule.at_once,

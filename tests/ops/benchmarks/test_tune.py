@@ -63,7 +63,7 @@ def test_longer_lanes_where_there_are_more_programs():
     assert (few.blocks, few.lanes) == (4, 64)
     assert (many.blocks, many.lanes) == (16, 16)
     assert few.group == 8
-    assert many.group == 0
+    assert many.group == many.lanes
 
 
 def test_programs_are_as_narrow_as_the_network():
