@@ -1,6 +1,7 @@
 """Where the packages lie, and the CUDA extension on request; all metadata is in pyproject.toml."""
 
 import os
+import sys
 from typing import Any
 
 from setuptools import find_packages, setup
@@ -8,10 +9,18 @@ from setuptools import find_packages, setup
 
 def cuda_extension() -> dict[str, Any]:
     """Arguments of setup for `linvis_ops._C`; none unless LINVIS_BUILD_CUDA=1."""
-    if os.environ.get('LINVIS_BUILD_CUDA', '0') != '1':
+    asked = os.environ.get('LINVIS_BUILD_CUDA', '')
+    if asked not in ('', '0', '1'):
+        sys.exit(f'LINVIS_BUILD_CUDA must be 1 (build the CUDA extension) or 0, not {asked!r}.')
+    if asked != '1':
         return {}
-    # needs torch in the environment that builds: pip's option --no-build-isolation
-    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f'LINVIS_BUILD_CUDA=1 needs PyTorch in the environment that builds ({error}): install '
+            'it, and give pip the option --no-build-isolation.'
+        )
 
     os.environ.setdefault('TORCH_CUDA_ARCH_LIST', '8.0;9.0+PTX')
     extension = CUDAExtension(

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--pass', dest='passes', nargs='+', choices=('fwd', 'bwd'))
     parser.add_argument('--shape', nargs='+', type=run.sizes, metavar='BxTxC')
     parser.add_argument('--dtype', choices=run.DTYPES, default='bfloat16')
-    parser.add_argument('--repeats', type=int, default=20)
+    parser.add_argument('--repeats', type=run.positive, default=20)
     parser.add_argument('--out', type=Path, help='JSON file of all trials')
     args = parser.parse_args(argv)
     if not run.has_gpu():

@@ -48,6 +48,14 @@ def check_tokens(op: str, **tensors: Tensor) -> None:
     check_device(op, tensors.items())
 
 
+def check_division(op: str, channels: int, heads: int) -> None:
+    """Raise unless heads is an int that divides the channels."""
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        raise TypeError(f'{op}: heads must be an int, got {heads!r}.')
+    if heads < 1 or channels % heads:
+        raise ValueError(f'{op}: heads must divide the {channels} channels, got {heads}.')
+
+
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless q and k are (B, T, H, K) and v (B, T, H, V), of one dtype, not empty."""
     for name, tensor, width in (('q', q, 'K'), ('k', k, 'K'), ('v', v, 'V')):

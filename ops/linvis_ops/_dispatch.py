@@ -99,7 +99,10 @@ def requested_backend(op: str, name: str) -> str:
     names = [backend.name for backends in _BACKENDS.values() for backend in backends]
     if override in names and override not in [backend.name for backend in _BACKENDS[op]]:
         return 'auto'
-    check_backend_name(op, override)
+    try:
+        check_backend_name(op, override)
+    except BackendUnavailableError as error:
+        raise BackendUnavailableError(f'{ENVIRONMENT_VARIABLE}={override}: {error}') from None
     return override
 
 

@@ -201,7 +201,11 @@ def retention_inputs(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty and its kin return with NaN, so that an unwritten element shows."""
+    """Fill what torch.empty and its kin return with NaN, so that an unwritten element shows.
+
+    Tensors that C++ code makes, too: PyTorch fills those in its deterministic mode, unless
+    torch.utils.deterministic.fill_uninitialized_memory is off. Some operators warn in that mode.
+    """
 
     def poisoned(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -223,4 +227,17 @@ def poisoned_memory() -> Iterator[None]:
             for name in names:
                 patch = mock.patch.object(owner, name, poisoned(getattr(owner, name)))
                 stack.enter_context(patch)
+        stack.enter_context(_deterministic())
         yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's deterministic mode, with warnings only."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -257,13 +257,14 @@ def test_repeated_runs_are_bit_identical(backend, device, norm):
 
 
 @NORMS
-def test_norm_of_equal_and_of_large_channels(norm):
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_norm_of_equal_and_of_large_channels(backend, device, norm):
     # variance zero, and a mean far above the deviation
-    x, *rows = inputs((2, 2), 16, 0, 1, norm)
+    x, *rows = inputs((2, 2), 16, 0, 1, norm, device=device)
     with torch.no_grad():
         x[0] = 3.0
         x[1] += 1000.0
-    check_against_float64('torch', (2, 2), 1, norm, [x, *rows])
+    check_against_float64(backend, (2, 2), 1, norm, [x, *rows])
 
 
 # Registration

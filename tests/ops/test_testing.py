@@ -30,6 +30,14 @@ def test_memory_of_floats_is_poisoned(make, dtype):
     assert fresh.isnan().all()
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_memory_that_is_not_asked_for_in_python_is_poisoned(device):
+    # as C++ code asks for it
+    empty = torch.ops.aten.empty.memory_format
+    with poisoned_memory():
+        assert empty([2, 3], device=device).isnan().all()
+
+
 @pytest.mark.parametrize('make', FRESH.values(), ids=FRESH)
 def test_memory_of_integers_is_left_alone(make):
     with poisoned_memory():

@@ -54,7 +54,7 @@ def test_networks_give_one_vector_a_picture(monkeypatch, name):
 
 @needs_no_gpu
 def test_missing_gpu_is_told_in_one_sentence(monkeypatch, capsys):
-    assert run(monkeypatch) == 1
+    assert run(monkeypatch) == 2
     printed = capsys.readouterr()
     assert printed.out == ''
     assert printed.err == 'Throughput is measured on an NVIDIA GPU, and PyTorch finds none.\n'
@@ -63,7 +63,7 @@ def test_missing_gpu_is_told_in_one_sentence(monkeypatch, capsys):
 def test_missing_timm_is_told_before_anything_is_measured(monkeypatch, capsys):
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    assert run(monkeypatch, '--rival', 'deit_tiny_patch16_224') == 1
+    assert run(monkeypatch, '--rival', 'deit_tiny_patch16_224') == 2
     assert capsys.readouterr().err == '--rival needs timm: pip install timm.\n'
 
 

@@ -5,8 +5,8 @@
 
 A shape is PIXELSxBATCH. Every network runs under bfloat16 autocast, eager and compiled, in
 inference and in training (forward and backward). A figure is the median over the runs of a fixed
-time; peak memory is what PyTorch had allocated at most, weights included. Exit status: 0, or 1 if
-nothing can be measured or a network of ours failed.
+time; peak memory is what PyTorch had allocated at most, weights included. Exit status: 0, 1 if
+a network of ours failed, 2 if nothing can be measured.
 """
 
 import argparse
@@ -144,10 +144,10 @@ def main() -> int:
     args = parse_arguments()
     if not torch.cuda.is_available():
         print('Throughput is measured on an NVIDIA GPU, and PyTorch finds none.', file=sys.stderr)
-        return 1
+        return 2
     if args.rival and importlib.util.find_spec('timm') is None:
         print('--rival needs timm: pip install timm.', file=sys.stderr)
-        return 1
+        return 2
     command = f'python {shlex.join(["tools/analysis/throughput.py", *sys.argv[1:]])}'
     header = results.make_header(OPS, command, args.commit)
     rows: list[dict[str, Any]] = []

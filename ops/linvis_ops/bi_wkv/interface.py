@@ -23,8 +23,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str = 'auto')
         k: Keys (log weights), shape (B, T, C), float32, float16, bfloat16 or float64.
         v: Values, same shape and dtype as k.
         backend: 'auto', or one of `available_backends('bi_wkv')`. 'reference' is the definition in
-            differentiable
-            PyTorch: O(T^2) memory, any order of derivatives.
+            differentiable PyTorch: O(T^2) memory, any order of derivatives.
 
     Returns:
         Tensor of shape (B, T, C), contiguous, in the dtype of v. Sums are accumulated in float32

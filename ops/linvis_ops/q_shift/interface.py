@@ -9,14 +9,6 @@ from linvis_ops.q_shift.reference import q_shift_by_index
 NAME = 'q_shift'
 
 
-def check_heads(op: str, channels: int, heads: int) -> None:
-    """Raise unless heads is an int that divides the channels."""
-    if not isinstance(heads, int):
-        raise TypeError(f'{op}: heads must be an int, got {heads!r}.')
-    if heads < 1 or channels % heads:
-        raise ValueError(f'{op}: heads must divide the {channels} channels, got {heads}.')
-
-
 def q_shift(x: Tensor, hw: tuple[int, int], *, heads: int = 1, backend: str = 'auto') -> Tensor:
     """Quad-directional token shift: each quarter of the channels comes from one neighbour.
 
@@ -49,7 +41,7 @@ def q_shift(x: Tensor, hw: tuple[int, int], *, heads: int = 1, backend: str = 'a
     _checks.check_tensors(NAME, x=x)
     _checks.check_tokens(NAME, x=x)
     _checks.check_grid(NAME, x.shape[1], hw)
-    check_heads(NAME, x.shape[2], heads)
+    _checks.check_division(NAME, x.shape[2], heads)
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == _dispatch.REFERENCE:
         return q_shift_by_index(x, hw, heads)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from linvis_ops import _checks, _dispatch
 from linvis_ops._library import without_autocast
-from linvis_ops.q_shift.interface import check_heads
 from linvis_ops.q_shift_mix import op
 from linvis_ops.q_shift_mix.reference import q_shift_mix_by_index
 
@@ -77,7 +76,7 @@ def q_shift_mix(
     _checks.check_channels(NAME, x.shape[2], x.dtype, **weights)
     _checks.check_device(NAME, [('x', x), *weights.items()])
     _checks.check_grid(NAME, x.shape[1], hw)
-    check_heads(NAME, x.shape[2], heads)
+    _checks.check_division(NAME, x.shape[2], heads)
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f'{NAME}: dtype must be a floating dtype, got {dtype}.')
     backend = _dispatch.requested_backend(NAME, backend)
