@@ -26,9 +26,8 @@ from benchmarks.rivals import (
 from linvis_ops import testing
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files of tests of an operator: test_<operator><kind>.py.
-KINDS = ('', '_cuda', '_gpu', '_stream', '_triton')
-SHARED_TESTS = 'tests/ops/test_operators_on_gpu.py'
+# Tests of what all operators have: execution on GPUs, and the sums of gradients of weights.
+SHARED_TESTS = ('tests/ops/test_operators_on_gpu.py', 'tests/ops/test_triton_sum.py')
 Inputs = tuple[Tensor, ...]
 Traffic = Callable[[Shape, int], tuple[int, int]]
 
@@ -89,8 +88,16 @@ class Operator:
 
     def test_files(self) -> tuple[str, ...]:
         """The tests that have to pass first, relative to the top of the checkout."""
-        files = [f'tests/ops/test_{self.name}{kind}.py' for kind in KINDS]
-        return tuple(file for file in (*files, SHARED_TESTS) if (ROOT / file).is_file())
+        # test_<operator>.py and test_<operator>_<topic>.py, not those of a longer name of another
+        others = [name for name in linvis_ops.operators() if name.startswith(f'{self.name}_')]
+        stems = [path.stem for path in sorted((ROOT / 'tests/ops').glob(f'test_{self.name}*.py'))]
+        mine = (
+            stem
+            for stem in stems
+            if f'{stem}_'.startswith(f'test_{self.name}_')
+            and not stem.startswith(tuple(f'test_{other}' for other in others))
+        )
+        return *(f'tests/ops/{stem}.py' for stem in mine), *SHARED_TESTS
 
 
 def tokens(shape: Shape) -> int:

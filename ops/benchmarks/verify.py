@@ -2,7 +2,7 @@
 
     python ops/benchmarks/verify.py --op bi_wkv --out docs/benchmarks
 
-Takes the options of run.py. Exit status: 1 if a test failed, else that of run.py.
+Takes the options of run.py. Tests that are skipped are listed with the reason. Exit status: 1 if a test failed, else that of run.py.
 """
 
 import subprocess
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def passed(files: Sequence[str]) -> bool:
     """Whether the GPU tests in these files were run and passed."""
-    command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', *files]
+    command = [sys.executable, '-m', 'pytest', '-q', '-rs', '-m', 'gpu', *files]
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 

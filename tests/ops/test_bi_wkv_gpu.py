@@ -41,24 +41,54 @@ def detached(*sizes, dtype=torch.float32, device='cuda'):
     return [t.detach() for t in bi_wkv_inputs(*sizes, dtype, device)]
 
 
+def check_against_float64(backend, dtype, inputs, factor=2.0):
+    # in float64 the chunked form equals the definition, by tests of its own
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    plain = [t.detach().requires_grad_() for t in inputs]
+    y64 = bi_wkv(*exact, backend='torch')
+    y_plain = bi_wkv(*plain, backend='torch')
+    y = bi_wkv(*inputs, backend=backend)
+    assert_matches('y', y, y64, y_plain, dtype)
+    gy = torch.randn_like(y)
+    for name, a, e, p in zip(
+        NAMES,
+        gradients(y, inputs, gy),
+        gradients(y64, exact, gy.double()),
+        gradients(y_plain, plain, gy),
+        strict=True,
+    ):
+        if name in ROUNDING.get(y.shape[1], ()):
+            torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=1e-5)
+        else:
+            assert_matches(name, a, e, p, dtype, factor)
+
+
 @pytest.mark.parametrize(
     ('tokens', 'channels'), [*((t, c) for t in LENGTHS for c in WIDTHS), *FURTHER]
 )
 def test_sizes_of_networks_match_float64(backend, tokens, channels):
     inputs = bi_wkv_inputs(2, tokens, channels, torch.bfloat16, 'cuda')
-    # in float64 the chunked form equals the definition, by tests of its own
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    y64 = bi_wkv(*exact, backend='torch')
-    y = bi_wkv(*inputs, backend=backend)
-    assert_matches('y', y, y64, None, torch.bfloat16)
-    gy = torch.randn_like(y)
-    for name, a, e in zip(
-        NAMES, gradients(y, inputs, gy), gradients(y64, exact, gy.double()), strict=True
-    ):
-        if name in ROUNDING.get(tokens, ()):
-            torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=1e-5)
-        else:
-            assert_matches(name, a, e, None, torch.bfloat16)
+    check_against_float64(backend, torch.bfloat16, inputs)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['f32', 'f16'])
+@pytest.mark.parametrize(('tokens', 'channels'), FURTHER)
+def test_other_dtypes_match_float64(backend, tokens, channels, dtype):
+    check_against_float64(backend, dtype, bi_wkv_inputs(2, tokens, channels, dtype, 'cuda'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+@pytest.mark.parametrize('tokens', [196, 1000, 4096, 16384])
+@pytest.mark.parametrize('decay', [None, 1.0])
+@pytest.mark.parametrize('keys', ['wide', 'equal'])
+def test_extreme_inputs_match_float64(backend, keys, decay, tokens, dtype):
+    # |w| up to 1 a token, of both signs
+    w, u, k, v = bi_wkv_inputs(2, tokens, 40, dtype, 'cuda', decay=decay)
+    with torch.no_grad():
+        k.uniform_(-80, 80) if keys == 'wide' else k.fill_(-80.0)
+    # where far tokens weigh more, or one by its key, v - y cancels: README.md, Numerics
+    factor = 5.0 if keys == 'wide' or decay else 2.0
+    check_against_float64(backend, dtype, (w, u, k, v), factor)
 
 
 def test_more_elements_than_32_bits_can_count(backend):

@@ -78,7 +78,7 @@ def both_passes(function, inputs):
 
 @pytest.mark.parametrize('tokens', [50, 600])
 def test_in_a_cuda_graph_and_on_a_side_stream(name, function, tokens):
-    inputs = inputs_of(name, 2, tokens)
+    inputs = [t.detach() for t in inputs_of(name, 2, tokens)]
     expected = both_passes(function, inputs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -92,6 +92,11 @@ def test_in_a_cuda_graph_and_on_a_side_stream(name, function, tokens):
     for a, b, e in zip(on_side, captured, expected, strict=True):
         assert torch.equal(a, e)
         assert torch.equal(b, e)
+    for given in inputs:
+        given.mul_(0.5)
+    graph.replay()  # on other numbers in the same memory
+    for a, e in zip(captured, both_passes(function, inputs), strict=True):
+        assert torch.equal(a, e)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')

@@ -150,10 +150,9 @@ def test_red_tests_stop_the_measurement(with_gpu, monkeypatch, capsys):
     monkeypatch.setattr(verify, 'passed', lambda files: tested.append(files))  # None: not passed
     monkeypatch.setattr(run, 'main', lambda *_: pytest.fail('measured'))
     assert verify.main(['--op', 'bi_wkv', 'q_shift']) == 1
-    kinds = ('', '_cuda', '_gpu', '_stream')
-    files = [f'tests/ops/test_bi_wkv{kind}.py' for kind in kinds]
-    files += ['tests/ops/test_operators_on_gpu.py', 'tests/ops/test_q_shift.py']
-    assert tested == [files]
+    kinds = ('bi_wkv', 'bi_wkv_cuda', 'bi_wkv_gpu', 'bi_wkv_stream')
+    shared = ('operators_on_gpu', 'triton_sum')
+    assert tested == [[f'tests/ops/test_{name}.py' for name in (*kinds, *shared, 'q_shift')]]
     assert 'Nothing is measured' in capsys.readouterr().err
 
 

@@ -1,0 +1,90 @@
+"""Run every kernel under compute-sanitizer, for accesses out of bounds, races, unwritten memory.
+
+    python ops/benchmarks/sanitize.py
+    python ops/benchmarks/sanitize.py --op bi_wkv --tool racecheck
+
+Each backend of an operator that can run on this GPU runs forward and backward, at small sizes that
+reach all of its kernels. Exit status: 0 if nothing was found, 1 if something was, 2 if nothing can
+run.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import linvis_ops
+from benchmarks import run
+from benchmarks.registry import named
+
+TOOLS = ('memcheck', 'racecheck', 'initcheck')
+# One sequence that is short enough for one launch and one that is not; 196 tokens are those for
+# which the authors' kernel of Bi-WKV reads out of bounds.
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    'bi_wkv': ((2, 196, 192), (1, 1000, 40), (1, 1000, 30)),
+    'bi_gla': ((2, 196, 2, 32, 64), (1, 600, 2, 32, 64)),
+    'q_shift': ((2, 14, 14, 192),),
+    'q_shift_mix': ((2, 14, 14, 192),),
+    'retention': ((2, 197, 2, 64, 64), (1, 600, 2, 64, 64)),
+}
+KERNELS = ('triton', 'cuda')
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the chosen operators under the chosen tools."""
+    args = parser().parse_args(argv)
+    if not run.has_gpu():
+        return run.complain('compute-sanitizer needs a CUDA GPU, and PyTorch finds none.')
+    if args.here:
+        launch(args.op)
+        return 0
+    if shutil.which('compute-sanitizer') is None:
+        return run.complain('compute-sanitizer is not on the PATH; it comes with the CUDA toolkit.')
+    itself = [sys.executable, __file__, '--here', '--op', *args.op]
+    # what is compiled here is found in the cache under the tools, which slow it down
+    if subprocess.run(itself, check=False).returncode:
+        return run.complain('The operators do not run, even without compute-sanitizer.')
+    found = 0
+    for tool in args.tool:
+        print(f'== {tool}', flush=True)
+        command = ['compute-sanitizer', '--tool', tool, '--error-exitcode', '3', *itself]
+        # a block of memory for each tensor, so that what lies beyond it is not another tensor
+        environment = {**os.environ, 'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'}
+        found |= subprocess.run(command, env=environment, check=False).returncode
+    return int(found != 0)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    command.add_argument('--op', nargs='+', choices=SHAPES, default=list(SHAPES))
+    command.add_argument('--tool', nargs='+', choices=TOOLS, default=list(TOOLS))
+    command.add_argument('--here', action='store_true', help='run the kernels in this process')
+    return command
+
+
+def launch(names: Sequence[str]) -> None:
+    """Both passes of all kernels of some operators."""
+    for operator in named(names):
+        backends = linvis_ops.available_backends(operator.name)
+        for backend in KERNELS:
+            if backends.get(backend, 'there is no such backend') is not None:
+                continue
+            for sizes in SHAPES[operator.name]:
+                for dtype in DTYPES:
+                    shape = dict(zip(operator.axes, sizes, strict=True))
+                    operator.prepare(shape, dtype, 'cuda', backend).call('fwd+bwd').run()
+                    torch.cuda.synchronize()
+                    print(operator.name, backend, sizes, dtype, flush=True)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
