@@ -2,7 +2,8 @@
 
     python ops/benchmarks/verify.py --op bi_wkv --out docs/benchmarks
 
-Takes the options of run.py. Tests that are skipped are listed with the reason. Exit status: 1 if a test failed, else that of run.py.
+Takes the options of run.py. Tests that are skipped are listed with the reason. Exit status: 1 if a
+test failed, else that of run.py.
 """
 
 import subprocess

@@ -184,7 +184,7 @@ def test_green_is_that_gpu_tests_were_run_and_passed(monkeypatch, status, green)
 
     monkeypatch.setattr(subprocess, 'run', stand_in)
     assert verify.passed(['a.py', 'b.py']) is green
-    assert commands == [(['-m', 'pytest', '-q', '-m', 'gpu', 'a.py', 'b.py'], ROOT)]
+    assert commands == [(['-m', 'pytest', '-q', '-rs', '-m', 'gpu', 'a.py', 'b.py'], ROOT)]
 
 
 def test_failing_test_is_red(tmp_path):
