@@ -233,6 +233,9 @@ bool is_whole(const Tensor& x) {
 template <class T>
 void launch_any(BackwardArgs& args, const Tensor& v, Tensor& partial) {
   if (v.size(1) <= ShortBackward::TOKENS) return launch<T, ShortBackward>(args, v, partial);
+  const int bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, v.device().index());
+  if (v.size(1) >= WIDE_TOKENS && WideBackward::BYTES <= bytes)
+    return launch<T, WideBackward>(args, v, partial);
   launch<T, LongBackward>(args, v, partial);
 }
 

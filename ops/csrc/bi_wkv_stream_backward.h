@@ -18,18 +18,19 @@ constexpr float LARGEST_SUM = 0x1p50f;
 constexpr float LEAST_ADJOINT = 0x1p-100f;
 constexpr float LARGEST_ADJOINT = 0x1p100f;
 
-// Bytes of what is not there yet, in memory that thread blocks exchange sums by: no sum is this NaN.
-// Marks of sequences that are in order are made of them, too.
+// Bytes of what is not there yet, in memory that thread blocks exchange sums by: no sum is this
+// NaN. Marks of sequences that are in order are made of them, too.
 constexpr unsigned char ABSENT_BYTE = 0xff;
 constexpr uint32_t ABSENT = 0xffffffffu;
 constexpr int IN_ORDER = -1, WRONG = 1;
 
-// Tokens of a row; warps that compute, with two rows each; parts of a row that are written out one
-// after the other, which takes more code and no registers for the loop.
-template <int LENGTH_, int WARPS_, int UNROLL_>
+// Tokens of a row; warps that compute, with two rows each; thread blocks of a multiprocessor; parts
+// of a row that are written out one after the other, which takes more code and no registers for the
+// loop.
+template <int LENGTH_, int WARPS_, int BLOCKS_, int UNROLL_>
 struct BackwardShape {
-  static constexpr int LENGTH = LENGTH_, WARPS = WARPS_, UNROLL = UNROLL_, STAGES = 2;
-  static constexpr int BLOCKS = 2;         // of a multiprocessor
+  static constexpr int LENGTH = LENGTH_, WARPS = WARPS_, BLOCKS = BLOCKS_, UNROLL = UNROLL_;
+  static constexpr int STAGES = 2;
   static constexpr int PART = LENGTH / 2;  // tokens that a thread holds at a time
   static constexpr int ROWS = 2 * WARPS;
   static constexpr int TOKENS = ROWS * LENGTH;  // of a segment
@@ -44,9 +45,13 @@ struct BackwardShape {
   static constexpr int BYTES = STAGES * STAGE + (PAIR_SUMS + PARTIAL) * 4 + BARRIERS * 8;
 };
 
-// Sequences of one segment, and any others. Eight warps may have 128 registers each.
-using ShortBackward = BackwardShape<14, 7, 1>;
-using LongBackward = BackwardShape<16, 7, 2>;
+// Sequences of one segment; any others; long ones, where the GPU has the shared memory. All are 16
+// warps of a multiprocessor, which may have 128 registers each.
+using ShortBackward = BackwardShape<14, 7, 2, 1>;
+using LongBackward = BackwardShape<16, 7, 2, 2>;
+using WideBackward = BackwardShape<16, 15, 1, 2>;
+// Tokens from which on sequences are long; measured on an H200.
+constexpr int WIDE_TOKENS = 8192;
 
 struct BackwardArgs {
   const float* w;  // (C,)
@@ -57,7 +62,7 @@ struct BackwardArgs {
   void* dk;           // (B, T, C), contiguous
   void* dv;           // (B, T, C), contiguous
   float* partial;  // (B, N, 2, C): gradients by w and u of each segment
-  float* sums;     // (2, B, N, 2, 2 C): of (v, 1) and of (p, q), forward and backward, by two channels
+  float* sums;     // (2, B, N, 2, 2 C): of (v, 1) and (p, q), forward and backward, by two channels
   int* marks;      // (B, tiles): whether plain sums are good enough
   int64_t k_batch, k_token, v_batch, v_token, g_batch, g_token;
   int tokens, channels, segments, tiles, items, batch;

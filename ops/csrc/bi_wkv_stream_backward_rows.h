@@ -275,7 +275,7 @@ struct BackwardRows : BackwardBlock<T, Shape> {
       for (int j = 0; j < 2; ++j) {
         const Weights a = weigh<FULL>(words, j, left - h * PART, c);
         const float d = c.decay[j];
-        float s0[PART], s1[PART], p_[PART], q_[PART];
+        float s0[PART], s1[PART], p_[PART], q_[PART], within = 0.0f;
 #pragma unroll
         for (int r = PART - 1; r >= 0; --r) {
           s0[r] = b.x[j], s1[r] = b.e[j];
@@ -288,8 +288,8 @@ struct BackwardRows : BackwardBlock<T, Shape> {
                 fmaf(c.own[j], a.e[r], f.e[j] + s1[r]), p_[r], q_[r]);
           by_w[j] = fmaf(before.x[j], s0[r], by_w[j]);
           by_w[j] = fmaf(-before.e[j], s1[r], by_w[j]);
-          by_w[j] = fmaf(p_[r], moment.x[j], by_w[j]);
-          by_w[j] = fmaf(-q_[r], moment.e[j], by_w[j]);
+          within = fmaf(p_[r], moment.x[j], within);
+          within = fmaf(-q_[r], moment.e[j], within);
           by_u[j] = fmaf(a.x[r], p_[r], by_u[j]);
           by_u[j] = fmaf(-a.e[r], q_[r], by_u[j]);
           moment.x[j] = fmaf(moment.x[j], d, f.x[j]);
@@ -301,6 +301,7 @@ struct BackwardRows : BackwardBlock<T, Shape> {
           before.x[j] = fmaf(before.x[j], d, p_[r]);
           before.e[j] = fmaf(before.e[j], d, q_[r]);
         }
+        by_w[j] += within;
 #pragma unroll
         for (int r = PART - 1; r >= 0; --r) {
           const float g0 = s0[r] + r_.x[j], g1 = s1[r] + r_.e[j];

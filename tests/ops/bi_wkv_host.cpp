@@ -120,6 +120,7 @@ extern "C" void bi_wkv_stream_shapes(int* out) {
   put(stream::Long<3>{});
   put(stream::ShortBackward{});
   put(stream::LongBackward{});
+  put(stream::WideBackward{});
 }
 
 // Batch, tile and segment of the items of one of several thread blocks; returns their number.

@@ -153,18 +153,19 @@ def test_strides(host):
 
 
 def test_shapes_of_the_streaming_kernels(host):
-    shapes = (ctypes.c_int * 15)()
+    shapes = (ctypes.c_int * 18)()
     host.bi_wkv_stream_shapes(shapes)
-    short, two, three, short_backward, backward = zip(*[iter(shapes)] * 3, strict=True)
+    short, two, three, short_backward, backward, wide = zip(*[iter(shapes)] * 3, strict=True)
     assert short[:2] == short_backward[:2] == (14, 196)
     assert two[:2] == three[:2] == (16, cuda.FORWARD.segment)
     assert backward[:2] == (16, cuda.BACKWARD.segment)
     # two thread blocks on an H100 and on an A100, one on a GPU with 99 KiB for a thread block
     assert 2 * (three[2] + 1024) <= 228 * 1024
     assert 2 * (two[2] + 1024) <= 164 * 1024
-    assert two[2] <= 99 * 1024
+    assert max(two[2], short_backward[2], backward[2]) <= 99 * 1024
     assert 2 * (backward[2] + 1024) <= 228 * 1024
-    assert max(short_backward[2], backward[2]) <= cuda.BACKWARD.shared_memory
+    assert wide[1] >= cuda.BACKWARD.segment
+    assert wide[2] <= 227 * 1024
 
 
 @pytest.mark.parametrize('blocks', [1, 4, 7, 264])
@@ -247,11 +248,10 @@ def tokens_on_gpu(batch, tokens, channels, dtype=torch.bfloat16, strides=None, o
 
 @pytest.fixture
 def device(monkeypatch):
-    """Let a GPU have so many multiprocessors and so much shared memory for a thread block."""
+    """Let a GPU have so many multiprocessors."""
 
-    def choose(multiprocessors=132, shared_memory=227 * 1024):
+    def choose(multiprocessors=132):
         monkeypatch.setattr(cuda, 'rules_of', lambda _device: (None, multiprocessors))
-        monkeypatch.setattr(cuda, '_shared_memory', lambda _device: shared_memory)
 
     choose()
     return choose
@@ -294,19 +294,14 @@ def test_how_long_sequences_may_be(device, backward):
     def taken(tokens):
         return cuda.streams(*[tokens_on_gpu(1, tokens, 32)] * count)
 
-    for least, most in ((limits.least_tokens, limits.most_tokens), (100, 20 * limits.segment)):
-        assert taken(least)
-        assert taken(most)
-        assert not taken(least - 1)
-        assert not taken(most + 1)
-        # segments that cannot all be at work at once are left to another kernel
-        device(multiprocessors=20)
-
-
-def test_a_gpu_with_too_little_shared_memory(device):
-    device(shared_memory=cuda.BACKWARD.shared_memory - 1)
-    tokens = tokens_on_gpu(1, 196, 32)
-    assert not cuda.streams(tokens, tokens, tokens)
+    assert taken(limits.least_tokens)
+    assert not taken(limits.least_tokens - 1)
+    assert taken(limits.most_tokens)
+    assert not taken(limits.most_tokens + 1)
+    # segments that cannot all be at work at once are left to another kernel
+    device(multiprocessors=20)
+    assert taken(20 * limits.segment)
+    assert not taken(20 * limits.segment + 1)
 
 
 @backward_too

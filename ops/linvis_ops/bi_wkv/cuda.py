@@ -13,24 +13,22 @@ from linvis_ops.bi_wkv.launch import rules_of
 
 @dataclass(frozen=True)
 class Streaming:
-    """Sequences for which a streaming kernel is used, and what it needs.
+    """Sequences for which a streaming kernel is used.
 
     Attributes:
         least_tokens: Shorter sequences leave its rows empty.
         most_tokens: In longer ones too many segments ask for the sums of all others.
         segment: Tokens of its segments.
-        shared_memory: Bytes that a thread block takes.
     """
 
     least_tokens: int
     most_tokens: int
     segment: int
-    shared_memory: int
 
 
 # Measured on an H200. README.md of this folder, Implementation in CUDA.
-FORWARD = Streaming(least_tokens=100, most_tokens=32768, segment=256, shared_memory=99 * 1024)
-BACKWARD = Streaming(least_tokens=100, most_tokens=16384, segment=224, shared_memory=96320)
+FORWARD = Streaming(least_tokens=100, most_tokens=32768, segment=256)
+BACKWARD = Streaming(least_tokens=150, most_tokens=28672, segment=224)
 
 
 @functools.cache
@@ -73,12 +71,6 @@ def _is_whole(x: Tensor) -> bool:
     return x.stride(2) == 1 and not any(n % 8 for n in steps) and x.data_ptr() % 16 == 0
 
 
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a thread block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def streams(k: Tensor, v: Tensor, gy: Tensor | None = None) -> bool:
     """Whether a streaming kernel takes the pass of these tokens.
 
@@ -98,8 +90,7 @@ def streams(k: Tensor, v: Tensor, gy: Tensor | None = None) -> bool:
     if not limits.least_tokens <= tokens <= limits.most_tokens or not all(map(_is_whole, rows)):
         return False
     _, multiprocessors = rules_of(v.device)
-    at_work = limits.segment * multiprocessors
-    return tokens <= at_work and limits.shared_memory <= _shared_memory(v.device)
+    return tokens <= limits.segment * multiprocessors
 
 
 def leads(k: Tensor, v: Tensor, _w: Tensor, _u: Tensor, gy: Tensor | None = None) -> bool:
