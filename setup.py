@@ -25,16 +25,25 @@ def cuda_extension() -> dict[str, Any]:
     os.environ.setdefault('TORCH_CUDA_ARCH_LIST', '8.0;9.0+PTX')
     extension = CUDAExtension(
         'linvis_ops._C',
-        ['ops/csrc/module.cpp', 'ops/csrc/bi_wkv.cu', 'ops/csrc/bi_wkv_stream.cu'],
+        [
+            'ops/csrc/module.cpp',
+            'ops/csrc/bi_wkv.cu',
+            'ops/csrc/bi_wkv_stream.cu',
+            'ops/csrc/bi_wkv_stream_backward.cu',
+        ],
         depends=[
             'ops/csrc/bi_wkv.h',
             'ops/csrc/bi_wkv_worker.h',
             'ops/csrc/bi_wkv_division.h',
             'ops/csrc/bi_wkv_stream.h',
+            'ops/csrc/bi_wkv_stream_backward.h',
+            'ops/csrc/bi_wkv_stream_backward_block.h',
+            'ops/csrc/bi_wkv_stream_backward_rows.h',
             'ops/csrc/bi_wkv_stream_block.h',
             'ops/csrc/bi_wkv_stream_pairs.h',
             'ops/csrc/bi_wkv_stream_ptx.h',
             'ops/csrc/bi_wkv_stream_rows.h',
+            'ops/csrc/bi_wkv_stream_sums.h',
         ],
         extra_compile_args={'cxx': ['-O2'], 'nvcc': ['-O3']},
     )

@@ -74,7 +74,8 @@ struct Items {
   int segments, tiles, count;
   Place step;
 
-  LINVIS_INLINE Items(const Args& args, int block, int blocks)
+  template <class AnyArgs>
+  LINVIS_INLINE Items(const AnyArgs& args, int block, int blocks)
       : segments(args.segments), tiles(args.tiles), step(place(blocks)) {
     count = (args.items - block + blocks - 1) / blocks;
   }

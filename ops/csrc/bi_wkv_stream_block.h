@@ -32,7 +32,24 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 }
 
 // Constants of channels, as they lie behind k and v of an item.
-enum { W2, DECAY, PART_DECAY, REFERENCE, OWN };
+enum { W2, DECAY, PART_DECAY, REFERENCE, OWN, CONSTANTS };
+
+template <class T, class Shape, class AnyArgs>
+__device__ __forceinline__ void load_constants(const AnyArgs& args, const Place& p, int lane,
+                                               float* to) {
+  const int channel = p.tile * WIDTH + lane;
+  const bool there = channel < args.channels;
+  const float w = there ? args.w[channel] : 0.0f, u = there ? args.u[channel] : 0.0f;
+  const T* middle = static_cast<const T*>(args.k) + p.batch * args.k_batch +
+                    int64_t(args.tokens / 2) * args.k_token;
+  const float key = there ? float(middle[channel]) : 0.0f;
+  const bool plain = fabsf(w) * Shape::LENGTH <= SPAN && fabsf(u) <= SPAN;
+  to[W2 * WIDTH] = w * LOG2E;
+  to[DECAY * WIDTH] = exp2_of(-w * LOG2E);
+  to[PART_DECAY * WIDTH] = exp2_of(-w * LOG2E * Shape::PART);
+  to[REFERENCE * WIDTH] = plain ? key * LOG2E : NAN;
+  to[OWN * WIDTH] = exp2_of(u * LOG2E);
+}
 
 // A thread has the channels 2 pair and 2 pair + 1 of an item; of a warp that computes, each half
 // has a row.
@@ -144,24 +161,9 @@ struct Helper : Block<T, Shape> {
         to += STEP * (WIDTH * 2), k += k_step, v += v_step;
       }
     }
-    load_constants(this->constants(stage) + lane, p);
+    load_constants<T, Shape>(args, p, lane, this->constants(stage) + lane);
     this->full[stage].arrive();
     this->full[stage].arrive_after_copies();
-  }
-
-  __device__ __forceinline__ void load_constants(float* to, const Place& p) const {
-    const int channel = p.tile * WIDTH + lane;
-    const bool there = channel < args.channels;
-    const float w = there ? args.w[channel] : 0.0f, u = there ? args.u[channel] : 0.0f;
-    const T* middle = static_cast<const T*>(args.k) + p.batch * args.k_batch +
-                      int64_t(args.tokens / 2) * args.k_token;
-    const float key = there ? float(middle[channel]) : 0.0f;
-    const bool plain = fabsf(w) * Shape::LENGTH <= SPAN && fabsf(u) <= SPAN;
-    to[W2 * WIDTH] = w * LOG2E;
-    to[DECAY * WIDTH] = exp2_of(-w * LOG2E);
-    to[PART_DECAY * WIDTH] = exp2_of(-w * LOG2E * Shape::PART);
-    to[REFERENCE * WIDTH] = plain ? key * LOG2E : NAN;
-    to[OWN * WIDTH] = exp2_of(u * LOG2E);
   }
 
   // Announces the sums of this segment, waits for all others and adds up what enters: the first

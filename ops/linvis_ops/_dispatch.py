@@ -29,15 +29,16 @@ class Backend:
             run them, else a clause that says why not.
         forward: Implementation of the forward operator.
         backward: Implementation of the backward operator.
-        leads_forward: Takes the input tensors of a forward pass; whether 'auto' then takes this
-            backend, if it can run, before those that are preferred to it. None: never.
+        leads: Takes the input tensors of a pass, those of the backward pass with the gradients
+            behind them; whether 'auto' then takes this backend, if it can run, before those that
+            are preferred to it. None: never.
     """
 
     name: str
     unavailable: Callable[..., str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    leads_forward: Callable[..., bool] | None = None
+    leads: Callable[..., bool] | None = None
 
 
 _BACKENDS: dict[str, tuple[Backend, ...]] = {}
@@ -109,7 +110,7 @@ def requested_backend(op: str, name: str) -> str:
 def default_backend(op: str) -> str:
     """The backend that 'auto' stands for on this machine, whatever the tensors.
 
-    For some of them another backend may lead the forward pass.
+    For some of them another backend may lead.
 
     Raises:
         BackendUnavailableError: If LINVIS_OPS_BACKEND names one that no operator has, or that
@@ -129,14 +130,14 @@ def _say_once(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-def select(op: str, name: str, *tensors: Tensor, forward: bool = False, **options: Any) -> Backend:
+def select(op: str, name: str, *tensors: Tensor, **options: Any) -> Backend:
     """Choose the backend that runs these tensors.
 
     Args:
         op: Name of the operator.
-        name: 'auto' for the first of the list that can run, or a backend's name.
+        name: 'auto' for the first of the list that can run, unless another one leads, or a
+            backend's name.
         tensors: Input tensors of the operator.
-        forward: Whether it is a forward pass, which a backend may lead.
         options: Options of the operator that its backends may refuse.
 
     Returns:
@@ -147,9 +148,9 @@ def select(op: str, name: str, *tensors: Tensor, forward: bool = False, **option
         BackendUnavailableError: If the named backend cannot run these tensors; the message says
             why.
     """
-    if forward and name == 'auto':
+    if name == 'auto':
         for backend in _BACKENDS[op]:
-            leads = backend.leads_forward
+            leads = backend.leads
             if leads and leads(*tensors) and backend.unavailable(*tensors, **options) is None:
                 return backend
     skipped: list[str] = []

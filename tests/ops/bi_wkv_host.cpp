@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bi_wkv_division.h"
+#include "bi_wkv_stream_backward.h"
 #include "bi_wkv_stream_pairs.h"
 
 namespace bi_wkv = linvis::bi_wkv;
@@ -107,8 +108,8 @@ extern "C" void bi_wkv_run(int dtype, int backward, int paired, int rows, void**
 
 namespace stream = bi_wkv::stream;
 
-// Of the kernel for short sequences and of the one for long ones: tokens of a row, of a segment,
-// bytes of shared memory.
+// Of the kernel for short sequences and of the one for long ones, forward, then backward: tokens of
+// a row, of a segment, bytes of shared memory.
 extern "C" void bi_wkv_stream_shapes(int* out) {
   const auto put = [&out](auto shape) {
     using Shape = decltype(shape);
@@ -117,6 +118,9 @@ extern "C" void bi_wkv_stream_shapes(int* out) {
   put(stream::Short{});
   put(stream::Long<2>{});
   put(stream::Long<3>{});
+  put(stream::ShortBackward{});
+  put(stream::LongBackward{});
+  put(stream::WideBackward{});
 }
 
 // Batch, tile and segment of the items of one of several thread blocks; returns their number.

@@ -152,15 +152,20 @@ def test_strides(host):
 # The streaming kernel
 
 
-def test_shapes_of_the_streaming_kernel(host):
-    shapes = (ctypes.c_int * 9)()
+def test_shapes_of_the_streaming_kernels(host):
+    shapes = (ctypes.c_int * 18)()
     host.bi_wkv_stream_shapes(shapes)
-    (row, tokens, _), (_, long, two), (_, _, three) = zip(*[iter(shapes)] * 3, strict=True)
-    assert (row, tokens, long) == (14, 196, cuda.SEGMENT)
+    short, two, three, short_backward, backward, wide = zip(*[iter(shapes)] * 3, strict=True)
+    assert short[:2] == short_backward[:2] == (14, 196)
+    assert two[:2] == three[:2] == (16, cuda.FORWARD.segment)
+    assert backward[:2] == (16, cuda.BACKWARD.segment)
     # two thread blocks on an H100 and on an A100, one on a GPU with 99 KiB for a thread block
-    assert 2 * (three + 1024) <= 228 * 1024
-    assert 2 * (two + 1024) <= 164 * 1024
-    assert two <= 99 * 1024
+    assert 2 * (three[2] + 1024) <= 228 * 1024
+    assert 2 * (two[2] + 1024) <= 164 * 1024
+    assert max(two[2], short_backward[2], backward[2]) <= 99 * 1024
+    assert 2 * (backward[2] + 1024) <= 228 * 1024
+    assert wide[1] >= cuda.BACKWARD.segment
+    assert wide[2] <= 227 * 1024
 
 
 @pytest.mark.parametrize('blocks', [1, 4, 7, 264])
@@ -241,56 +246,93 @@ def tokens_on_gpu(batch, tokens, channels, dtype=torch.bfloat16, strides=None, o
     )
 
 
+@pytest.fixture
+def device(monkeypatch):
+    """Let a GPU have so many multiprocessors."""
+
+    def choose(multiprocessors=132):
+        monkeypatch.setattr(cuda, 'rules_of', lambda _device: (None, multiprocessors))
+
+    choose()
+    return choose
+
+
+backward_too = pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
+
+
 @pytest.mark.parametrize(
     ('taken', 'arguments'),
     [
         (True, {}),
         (True, {'dtype': torch.float16}),
-        (True, {'tokens': cuda.LEAST_TOKENS}),
-        (False, {'tokens': cuda.LEAST_TOKENS - 1}),
-        (True, {'tokens': cuda.MOST_TOKENS}),
-        (False, {'tokens': cuda.MOST_TOKENS + 1}),
         (False, {'dtype': torch.float32}),
         (False, {'channels': 12}),
         (True, {'strides': (196 * 64, 64, 1)}),
         (False, {'strides': (196 * 36, 36, 1)}),
         (False, {'strides': (196 * 32, 1, 196)}),
+        (False, {'strides': (0, 0, 0)}),
         (False, {'offset': 8}),
     ],
     ids=str,
 )
-def test_where_the_streaming_kernel_is_used(monkeypatch, taken, arguments):
-    monkeypatch.setattr(cuda, 'rules_of', lambda _device: (None, 132))
+@backward_too
+def test_where_a_streaming_kernel_is_used(device, backward, taken, arguments):
     default = {'batch': 2, 'tokens': 196, 'channels': 32}
     good, given = tokens_on_gpu(**default), tokens_on_gpu(**{**default, **arguments})
-    assert cuda.streams(good, good)
-    assert cuda.streams(given, given) is taken
-    if 'dtype' not in arguments and 'tokens' not in arguments:
-        assert cuda.streams(given, good) is taken
-        assert cuda.streams(good, given) is taken
+    count = 3 if backward else 2
+    assert cuda.streams(*[good] * count)
+    assert cuda.streams(*[given] * count) is taken
+    if 'dtype' not in arguments:
+        for i in range(count):
+            assert cuda.streams(*[given if i == j else good for j in range(count)]) is taken
 
 
-def test_segments_that_cannot_all_be_at_work_are_left_to_another_kernel(monkeypatch):
-    monkeypatch.setattr(cuda, 'rules_of', lambda _device: (None, 20))
-    at_work, too_many = (tokens_on_gpu(1, 256 * n, 32) for n in (20, 21))
-    assert cuda.streams(at_work, at_work)
-    assert not cuda.streams(too_many, too_many)
+@backward_too
+def test_how_long_sequences_may_be(device, backward):
+    limits, count = (cuda.BACKWARD, 3) if backward else (cuda.FORWARD, 2)
+
+    def taken(tokens):
+        return cuda.streams(*[tokens_on_gpu(1, tokens, 32)] * count)
+
+    assert taken(limits.least_tokens)
+    assert not taken(limits.least_tokens - 1)
+    assert taken(limits.most_tokens)
+    assert not taken(limits.most_tokens + 1)
+    # segments that cannot all be at work at once are left to another kernel
+    device(multiprocessors=20)
+    assert taken(20 * limits.segment)
+    assert not taken(20 * limits.segment + 1)
 
 
-def test_the_streaming_kernel_is_not_for_tensors_on_a_cpu():
+@backward_too
+def test_the_streaming_kernels_are_not_for_tensors_on_a_cpu(backward):
     _, _, k, v = bi_wkv_inputs(1, 196, 32, torch.bfloat16)
-    assert not cuda.streams(k, v)
+    assert not cuda.streams(k, v, *[v] * backward)
+
+
+@backward_too
+def test_these_kernels_lead_where_they_stream(device, backward):
+    short, long = (tokens_on_gpu(1, n, 32) for n in (20, 200))
+    assert not cuda.leads(short, short, None, None, *[short] * backward)
+    assert cuda.leads(long, long, None, None, *[long] * backward)
 
 
 @pytest.mark.parametrize('taken', [True, False])
-def test_the_forward_pass_runs_the_kernel_that_takes_it(monkeypatch, taken):
+def test_the_kernel_that_takes_a_pass_runs_it(monkeypatch, taken):
+    asked = []
     operators = SimpleNamespace(
-        bi_wkv_stream_fwd=lambda *_: 'streaming', bi_wkv_fwd=lambda *_: 'other'
+        bi_wkv_stream_fwd=lambda *_: 'streaming',
+        bi_wkv_fwd=lambda *_: 'other',
+        bi_wkv_stream_bwd=lambda *_: 'streaming',
+        bi_wkv_bwd=lambda *_: 'other',
     )
     fake = SimpleNamespace(ops=SimpleNamespace(linvis_cuda=operators))
     monkeypatch.setattr(cuda, 'torch', fake)
-    monkeypatch.setattr(cuda, 'streams', lambda _k, _v: taken)
-    assert cuda.bi_wkv_forward(1, 2, 3, 4) == ('streaming' if taken else 'other')
+    monkeypatch.setattr(cuda, 'streams', lambda *tokens: asked.append(tokens) or taken)
+    expected = 'streaming' if taken else 'other'
+    assert cuda.bi_wkv_forward('w', 'u', 'k', 'v') == expected
+    assert cuda.bi_wkv_backward('gy', 'w', 'u', 'k', 'v') == expected
+    assert asked == [('k', 'v'), ('k', 'v', 'gy')]
 
 
 # Availability

@@ -55,55 +55,55 @@ def test_a_named_backend_that_cannot_run_says_why(toy):
 
 
 @pytest.mark.parametrize(
-    ('unavailable', 'leads', 'forward', 'expected'),
-    [
-        (None, True, True, 'leader'),
-        (None, False, True, 'first'),
-        (None, True, False, 'first'),
-        ('it is a toy', True, True, 'first'),
-    ],
+    ('unavailable', 'leads', 'expected'),
+    [(None, True, 'leader'), (None, False, 'first'), ('it is a toy', True, 'first')],
 )
-def test_a_backend_may_lead_forward_passes(toy, caplog, unavailable, leads, forward, expected):
+def test_a_backend_may_lead(toy, caplog, unavailable, leads, expected):
     seen = []
 
-    def leads_forward(*tensors):
+    def leading(*tensors):
         seen.append(tensors)
         return leads
 
     leader = _dispatch.Backend(
-        'leader', lambda *_: unavailable, lambda: 3, lambda: 3, leads_forward=leads_forward
+        'leader', lambda *_: unavailable, lambda: 3, lambda: 3, leads=leading
     )
     _dispatch.register_backends('led', [*_dispatch._BACKENDS['toy'][1:], leader])
     x = torch.zeros(1)
     with caplog.at_level(logging.DEBUG, 'linvis_ops._dispatch'):
-        assert _dispatch.select('led', 'auto', x, forward=forward).name == expected
-    assert seen == ([(x,)] if forward else [])
+        assert _dispatch.select('led', 'auto', x).name == expected
+    assert seen == [(x,)]
     assert not caplog.records
     # a name is a name
-    assert _dispatch.select('led', 'second', x, forward=forward).name == 'second'
+    assert _dispatch.select('led', 'second', x).name == 'second'
     assert _dispatch.default_backend('led') == 'first'
 
 
-@pytest.mark.parametrize('streams', [True, False])
-def test_bi_wkv_asks_for_a_leader_forward_and_not_backward(monkeypatch, streams):
+@pytest.mark.parametrize('forward', [True, False])
+@pytest.mark.parametrize('backward', [True, False])
+def test_bi_wkv_asks_for_a_leader_in_each_pass(monkeypatch, forward, backward):
     ran = []
 
     def backend(name, **kwargs):
-        def forward(*inputs):
+        def run_forward(*inputs):
             ran.append(f'{name} forward')
             return torch.empty_like(inputs[-1])
 
-        def backward(_gy, *inputs):
+        def run_backward(_gy, *inputs):
             ran.append(f'{name} backward')
             return tuple(torch.empty_like(x) for x in inputs)
 
-        return _dispatch.Backend(name, lambda *_: None, forward, backward, **kwargs)
+        return _dispatch.Backend(name, lambda *_: None, run_forward, run_backward, **kwargs)
 
-    backends = (backend('triton'), backend('cuda', leads_forward=lambda *_: streams))
+    def leads(_k, _v, _w, _u, gy=None):
+        return forward if gy is None else backward
+
+    backends = (backend('triton'), backend('cuda', leads=leads))
     monkeypatch.setitem(_dispatch._BACKENDS, 'bi_wkv', backends)
     monkeypatch.delenv('LINVIS_OPS_BACKEND', raising=False)
     bi_wkv(*bi_wkv_inputs(1, 4, 2)).sum().backward()
-    assert ran == ['cuda forward' if streams else 'triton forward', 'triton backward']
+    first, second = ('cuda' if leads else 'triton' for leads in (forward, backward))
+    assert ran == [f'{first} forward', f'{second} backward']
     ran.clear()
     bi_wkv(*bi_wkv_inputs(1, 4, 2), backend='cuda').sum().backward()
     assert ran == ['cuda forward', 'cuda backward']

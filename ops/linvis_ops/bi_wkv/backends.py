@@ -32,13 +32,13 @@ def _always(*_tensors: Tensor) -> str | None:
 
 BACKENDS = (
     Backend('triton', _triton_unavailable, _triton_forward, _triton_backward),
-    # behind Triton, which is faster wherever the streaming kernel does not take the forward pass
+    # behind Triton, which is faster wherever the streaming kernels do not take the pass
     Backend(
         'cuda',
         cuda.cuda_unavailable,
         cuda.bi_wkv_forward,
         cuda.bi_wkv_backward,
-        leads_forward=cuda.streams,
+        leads=cuda.leads,
     ),
     Backend('torch', _always, bi_wkv_chunked, bi_wkv_backward),
 )

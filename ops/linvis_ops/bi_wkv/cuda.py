@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,12 +10,25 @@ from torch import Tensor
 from linvis_ops._triton import dtype_unavailable
 from linvis_ops.bi_wkv.launch import rules_of
 
-# Sequences for which the streaming kernel is used; measured on an H200. README.md of this folder,
-# Implementation in CUDA.
-LEAST_TOKENS = 100
-MOST_TOKENS = 32768
-# Tokens of its segments.
-SEGMENT = 256
+
+@dataclass(frozen=True)
+class Streaming:
+    """Sequences for which a streaming kernel is used.
+
+    Attributes:
+        least_tokens: Shorter sequences leave its rows empty.
+        most_tokens: In longer ones too many segments ask for the sums of all others.
+        segment: Tokens of its segments.
+    """
+
+    least_tokens: int
+    most_tokens: int
+    segment: int
+
+
+# Measured on an H200. README.md of this folder, Implementation in CUDA.
+FORWARD = Streaming(least_tokens=100, most_tokens=32768, segment=256)
+BACKWARD = Streaming(least_tokens=150, most_tokens=28672, segment=224)
 
 
 @functools.cache
@@ -57,24 +71,31 @@ def _is_whole(x: Tensor) -> bool:
     return x.stride(2) == 1 and not any(n % 8 for n in steps) and x.data_ptr() % 16 == 0
 
 
-def streams(k: Tensor, v: Tensor, *_others: Tensor) -> bool:
-    """Whether the streaming kernel takes the forward pass of these tokens.
+def streams(k: Tensor, v: Tensor, gy: Tensor | None = None) -> bool:
+    """Whether a streaming kernel takes the pass of these tokens.
 
     Args:
         k: Keys (B, T, C).
         v: Values (B, T, C).
+        gy: Gradient by y, (B, T, C), of the backward pass. None: the forward pass.
 
     Returns:
         True for float16 and bfloat16 on a GPU in whole rows, of sequences for which it pays and
         whose segments can all be at work at once.
     """
+    limits, rows = (FORWARD, (k, v)) if gy is None else (BACKWARD, (k, v, gy))
     if v.device.type != 'cuda' or v.dtype not in (torch.float16, torch.bfloat16):
         return False
     tokens = v.shape[1]
-    if not LEAST_TOKENS <= tokens <= MOST_TOKENS or not (_is_whole(k) and _is_whole(v)):
+    if not limits.least_tokens <= tokens <= limits.most_tokens or not all(map(_is_whole, rows)):
         return False
     _, multiprocessors = rules_of(v.device)
-    return tokens <= SEGMENT * multiprocessors
+    return tokens <= limits.segment * multiprocessors
+
+
+def leads(k: Tensor, v: Tensor, _w: Tensor, _u: Tensor, gy: Tensor | None = None) -> bool:
+    """Whether these kernels are faster than Triton's: where a streaming one takes the pass."""
+    return streams(k, v, gy)
 
 
 def bi_wkv_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,4 +109,6 @@ def bi_wkv_backward(
     gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by w and u (float32, summed in a fixed order), k and v (in their dtype)."""
+    if streams(k, v, gy):
+        return torch.ops.linvis_cuda.bi_wkv_stream_bwd(gy, w, u, k, v)
     return torch.ops.linvis_cuda.bi_wkv_bwd(gy, w, u, k, v)

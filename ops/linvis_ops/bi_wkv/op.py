@@ -16,7 +16,7 @@ _dispatch.register_backends('bi_wkv', BACKENDS)
 @custom_op('bi_wkv_fwd')
 def bi_wkv_fwd(w: Tensor, u: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """Forward operator: y in the dtype of v."""
-    chosen = _dispatch.select('bi_wkv', backend, k, v, w, u, forward=True)
+    chosen = _dispatch.select('bi_wkv', backend, k, v, w, u)
     with without_autocast(k):
         return chosen.forward(w, u, k, v)
 
