@@ -129,7 +129,8 @@ Tensor forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& 
     case at::kBFloat16:
       return forward_of<c10::BFloat16>(w_, u_, k_, v_);
     default:
-      TORCH_CHECK(false, "bi_wkv: dtype ", v.scalar_type());
+      TORCH_CHECK(false, "bi_wkv: the kernels take float32, float16 and bfloat16, got ",
+                  v.scalar_type());
   }
 }
 
@@ -146,7 +147,8 @@ Gradients backward(const Tensor& g, const Tensor& w, const Tensor& u, const Tens
     case at::kBFloat16:
       return backward_of<c10::BFloat16>(g_, w_, u_, k_, v_);
     default:
-      TORCH_CHECK(false, "bi_wkv: dtype ", v.scalar_type());
+      TORCH_CHECK(false, "bi_wkv: the kernels take float32, float16 and bfloat16, got ",
+                  v.scalar_type());
   }
 }
 

@@ -21,14 +21,11 @@ template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::THREADS, 2)
     bi_wkv_stream_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) unsigned char shared[];
+  Block<T, Shape>(args, shared).init();
   if (threadIdx.x < 32 * Shape::WARPS) {
-    Rows<T, Shape> rows(args, shared);
-    rows.init();
-    rows.run();
+    Rows<T, Shape>(args, shared).run();
   } else {
-    Helper<T, Shape> helper(args, shared);
-    helper.init();
-    helper.run();
+    Helper<T, Shape>(args, shared).run();
   }
 }
 
@@ -110,8 +107,8 @@ Tensor forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& 
               "bi_wkv: the streaming kernel takes rows of whole 16 bytes, got strides ",
               k.strides(), " and ", v.strides());
   TORCH_CHECK(v.size(1) <= std::numeric_limits<int>::max() / 2 &&
-                  v.size(2) <= std::numeric_limits<int>::max() / 2,
-              "bi_wkv: at most 2^30 tokens and 2^30 channels, got ", v.sizes());
+                  v.size(2) <= std::numeric_limits<int>::max() / 8,
+              "bi_wkv: at most 2^30 tokens and 2^28 channels, got ", v.sizes());
   const Tensor w_ = w.contiguous(), u_ = u.contiguous(), y = at::empty(v.sizes(), v.options());
   Args args{};
   args.w = w_.const_data_ptr<float>();
@@ -126,7 +123,8 @@ Tensor forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& 
   if (v.scalar_type() == at::kBFloat16) {
     launch_any<c10::BFloat16>(args, v);
   } else {
-    TORCH_CHECK(v.scalar_type() == at::kHalf, "bi_wkv: dtype ", v.scalar_type());
+    TORCH_CHECK(v.scalar_type() == at::kHalf,
+                "bi_wkv: the streaming kernel takes float16 and bfloat16, got ", v.scalar_type());
     launch_any<c10::Half>(args, v);
   }
   return y;

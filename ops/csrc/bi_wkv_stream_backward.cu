@@ -24,14 +24,11 @@ template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
     bi_wkv_stream_backward_kernel(const __grid_constant__ BackwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
+  BackwardBlock<T, Shape>(args, memory).init();
   if (threadIdx.x < 32 * Shape::WARPS) {
-    BackwardRows<T, Shape> rows(args, memory);
-    rows.init();
-    rows.run();
+    BackwardRows<T, Shape>(args, memory).run();
   } else {
-    BackwardHelper<T, Shape> helper(args, memory);
-    helper.init();
-    helper.run();
+    BackwardHelper<T, Shape>(args, memory).run();
   }
 }
 
@@ -246,8 +243,8 @@ Gradients backward(const Tensor& g, const Tensor& w, const Tensor& u, const Tens
               "bi_wkv: the streaming kernel takes rows of whole 16 bytes, got strides ",
               k.strides(), ", ", v.strides(), " and ", g.strides());
   TORCH_CHECK(v.size(1) <= std::numeric_limits<int>::max() / 2 &&
-                  v.size(2) <= std::numeric_limits<int>::max() / 2,
-              "bi_wkv: at most 2^30 tokens and 2^30 channels, got ", v.sizes());
+                  v.size(2) <= std::numeric_limits<int>::max() / 8,
+              "bi_wkv: at most 2^30 tokens and 2^28 channels, got ", v.sizes());
   const Tensor w_ = w.contiguous(), u_ = u.contiguous();
   const Tensor dw = at::empty(w.sizes(), w_.options()), du = at::empty(u.sizes(), u_.options()),
                dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
@@ -268,7 +265,8 @@ Gradients backward(const Tensor& g, const Tensor& w, const Tensor& u, const Tens
   if (v.scalar_type() == at::kBFloat16) {
     launch_any<c10::BFloat16>(args, v, partial);
   } else {
-    TORCH_CHECK(v.scalar_type() == at::kHalf, "bi_wkv: dtype ", v.scalar_type());
+    TORCH_CHECK(v.scalar_type() == at::kHalf,
+                "bi_wkv: the streaming kernel takes float16 and bfloat16, got ", v.scalar_type());
     launch_any<c10::Half>(args, v, partial);
   }
   bi_wkv_sum_kernel<<<unsigned((2 * v.size(2) + 31) / 32), SUM_THREADS, 0,

@@ -47,7 +47,7 @@ struct BackwardBlock {
       }
       for (int kind = 0; kind < 2; ++kind) {
         summed[kind].init(Shape::WARPS);
-        entered[kind].init(1);
+        entered[kind].init(32);
       }
     }
     __syncthreads();
@@ -149,8 +149,7 @@ struct BackwardHelper : BackwardBlock<T, Shape> {
       a.store(first + m * step, WIDTH);
       a = a.then(along_rows, of_warp[m]);
     }
-    __syncwarp();
-    if (lane == 0) this->entered[kind].arrive();
+    this->entered[kind].arrive();
   }
 
   // Sums never have the bits of what is absent, not even those that are NaN.

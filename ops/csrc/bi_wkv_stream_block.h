@@ -61,7 +61,7 @@ struct Block {
   float* entering;            // [2][SUMS][WIDTH]
   Barrier *full, *empty;      // [STAGES]: an item is there; it is no longer needed
   Barrier *summed, *entered;  // [2]: sums of a segment are stored; those that enter it are there
-  int* marked;                // [WARPS]: whether a row is to be computed again
+  int* marked;                // whether any row is to be computed again
   Items items;
   int lane, warp, half, pair;
 

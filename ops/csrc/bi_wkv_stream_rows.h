@@ -196,6 +196,7 @@ struct Rows : Block<T, Shape> {
                                               const Kept& kept, uint32_t* y, bool there) const {
     const unsigned step = unsigned(args.channels) / 2;
     RowSums f = kept.before;
+    float zero[2] = {0.0f, 0.0f};  // no longer if an output is no number
     uint32_t wrong = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -221,15 +222,22 @@ struct Rows : Block<T, Shape> {
           f.x[i] = fmaf(f.x[i], c.decay[i], a.x[i][r]);
           f.e[i] = fmaf(f.e[i], c.decay[i], a.e[i][r]);
         }
-        if (there && (FULL || h * PART + r < left))
-          y[unsigned(h * PART + r) * step] = pack<T>(out[0], out[1]);
+        if (FULL || h * PART + r < left) {
+          if (there) y[unsigned(h * PART + r) * step] = pack<T>(out[0], out[1]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) zero[i] = fmaf(out[i], 0.0f, zero[i]);
+        }
       }
-      // all that any token of the row sees has come together at its ends; not if it is NaN either
+      // all weights that any token of the row sees have come together at its ends; values of opposite
+      // signs may have cancelled there; not if it is NaN either
       const RowSums& end = h ? f : b;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (!(fabsf(end.x[i]) + end.e[i] < LARGEST)) wrong |= 1 << i;
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (!(zero[i] == 0.0f)) wrong |= 1 << i;
     return wrong;
   }
 

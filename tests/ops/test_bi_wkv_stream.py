@@ -249,7 +249,7 @@ def test_it_is_what_runs_forward(tokens):
     [
         (lambda x: x[..., 4:12], 'rows of whole 16 bytes'),
         (lambda x: x[..., :12], 'rows of whole 16 bytes'),
-        (lambda x: x[..., :8].float(), 'dtype Float'),
+        (lambda x: x[..., :8].float(), 'takes float16 and bfloat16, got Float'),
         (lambda x: x[:1, :1, :8].expand(1, 2**20, 8), 'tokens on this GPU'),
     ],
 )

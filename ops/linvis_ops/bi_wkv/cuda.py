@@ -26,9 +26,11 @@ class Streaming:
     segment: int
 
 
-# Measured on an H200. README.md of this folder, Implementation in CUDA.
+# README.md of this folder, Implementation in CUDA.
 FORWARD = Streaming(least_tokens=100, most_tokens=32768, segment=256)
 BACKWARD = Streaming(least_tokens=150, most_tokens=28672, segment=224)
+# Compute capabilities on which these limits were measured.
+MEASURED = {(9, 0)}
 
 
 @functools.cache
@@ -94,8 +96,8 @@ def streams(k: Tensor, v: Tensor, gy: Tensor | None = None) -> bool:
 
 
 def leads(k: Tensor, v: Tensor, _w: Tensor, _u: Tensor, gy: Tensor | None = None) -> bool:
-    """Whether these kernels are faster than Triton's: where a streaming one takes the pass."""
-    return streams(k, v, gy)
+    """Whether these kernels are faster than Triton's: where a streaming one was measured to be."""
+    return streams(k, v, gy) and torch.cuda.get_device_capability(v.device) in MEASURED
 
 
 def bi_wkv_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
