@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for the GPUs it is meant for; needs no GPU."""
 
+import dataclasses
 import re
 import subprocess
 from unittest import mock
@@ -70,8 +71,9 @@ def test_bi_gla(compiled, segments, gates):
     launch = Launch(32, chunks=2, segment=2 // segments, segments=segments, keys=32, values=64)
     kernels_triton.bi_gla_forward(*inputs, launch=launch)
     kernels_triton_backward.bi_gla_backward(inputs[2], *inputs, launch=launch)
-    through_memory = {'bi_gla_state_kernel', 'bi_gla_scan_kernel'} if segments > 1 else set()
-    assert set(compiled) == {'bi_gla_out_kernel', 'bi_gla_gradient_kernel'} | through_memory
+    through_memory = {'bi_gla_state_kernel'} | ({'bi_gla_scan_kernel'} if segments > 1 else set())
+    kernels = {'bi_gla_out_kernel', 'bi_gla_gradient_kernel', 'bi_gla_by_tokens_kernel'}
+    assert set(compiled) == kernels | through_memory
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['f32', 'f16'])
@@ -83,7 +85,8 @@ def test_bi_gla_in_other_dtypes(compiled, dtype):
     launch = Launch(16, chunks=2, segment=2, segments=1, keys=16, values=32)
     kernels_triton.bi_gla_forward(*inputs, launch=launch)
     kernels_triton_backward.bi_gla_backward(inputs[2], *inputs, launch=launch)
-    assert len(compiled) == 2
+    # states, outputs, flagged chunks; states, gradient by v, the others, flagged chunks
+    assert len(compiled) == 3 + 4
 
 
 def test_q_shift(compiled):
@@ -174,26 +177,7 @@ def test_bi_gla_compiles_once_for_all_batches_and_lengths(kernels):
         launch = launch_for(inputs[0], inputs[2], 'fwd', rule)
         kernels_triton.bi_gla_forward(*inputs, launch=launch)
     variants = {(name, kernel.hash) for name, kernel in kernels}
-    assert len(variants) == 3
-
-
-def test_bi_gla_forms_no_warpgroups(kernels):
-    """The assembler of Triton 3.6 miscompiles their products where registers are spilled."""
-    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward, launch
-
-    if triton.runtime.driver.active.get_current_target().arch < 90:
-        pytest.skip('the GPU has no warpgroups')
-    inputs = [t.detach() for t in bi_gla_inputs(1, 300, 1, 32, 64, torch.bfloat16)]
-    q, _k, v, _g_fwd, _g_bwd = inputs
-    for of in ('fwd', 'bwd'):
-        division = launch.launch_for(q, v, of, launch.RULES[9, 0][of, 'small'])
-        assert division.segments > 1
-        if of == 'fwd':
-            kernels_triton.bi_gla_forward(*inputs, launch=division)
-        else:
-            kernels_triton_backward.bi_gla_backward(v, *inputs, launch=division)
-    assert len(kernels) == 6
-    assert not any('wgmma' in kernel.asm['ptx'] for _, kernel in kernels)
+    assert len(variants) == 4
 
 
 def launch_retention(rule, of, dtype, key_width, value_width, *, bidirectional, tokens, batch=1):
@@ -246,6 +230,61 @@ def stack_of(kernel, path):
     command = [triton.knobs.nvidia.cuobjdump.path, '-res-usage', str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r'STACK:(\d+)', text)[1])
+
+
+@pytest.mark.parametrize(
+    ('of', 'widths', 'gates'),
+    [
+        ('fwd', (32, 64), torch.bfloat16),
+        ('fwd', (32, 64), torch.float32),
+        ('fwd', (64, 64), torch.bfloat16),
+        ('bwd', (32, 64), torch.bfloat16),
+        ('bwd', (16, 32), torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('segment', [8, 2], ids=['one', 'several'])
+def test_warpgroups_of_bi_gla_spill_nothing(kernels, tmp_path, segment, of, widths, gates):
+    """The assembler of Triton 3.6 miscompiles products of warpgroups beside spilled registers."""
+    from linvis_ops._chunks import divide
+    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward, launch
+
+    if triton.runtime.driver.active.get_current_target().arch < 90:
+        pytest.skip('the GPU has no warpgroups')
+    inputs = bi_gla_inputs(1, 300, 1, *widths, torch.bfloat16, gate_dtype=gates)
+    inputs = detached(inputs)
+    rule = dataclasses.replace(launch.RULES[9, 0][of, 'small'], at_once=16, programs=1)
+    division = divide(inputs[0], inputs[2], of, {}, rule)
+    division = dataclasses.replace(
+        division, segment=segment, segments=-(-division.chunks // segment)
+    )
+    if of == 'fwd':
+        kernels_triton.bi_gla_forward(*inputs, launch=division)
+    else:
+        kernels_triton_backward.bi_gla_backward(inputs[2], *inputs, launch=division)
+    formed = [name for name, kernel in kernels if 'wgmma' in kernel.asm['ptx']]
+    assert 'bi_gla_out_kernel' in formed
+    for name, kernel in kernels:
+        assert name not in formed or stack_of(kernel, tmp_path / 'kernel.cubin') == 0, name
+
+
+@pytest.mark.parametrize('case', ['width', 'stride', 'start', 'gates', 'keys'])
+def test_bi_gla_forms_no_warpgroups_where_registers_may_be_spilled(kernels, monkeypatch, case):
+    from linvis_ops import _chunks
+    from linvis_ops.bi_gla.kernels_triton_backward import bi_gla_backward
+
+    monkeypatch.setattr(_chunks, '_capability_and_processors', lambda _device: ((9, 0), 132))
+    widths = {'width': (24, 64), 'keys': (64, 64)}.get(case, (32, 64))
+    gates = torch.float32 if case == 'gates' else None
+    inputs = bi_gla_inputs(1, 200, 1, *widths, torch.bfloat16, gate_dtype=gates)
+    q, *others = detached(inputs)
+    if case == 'stride':
+        q = torch.nn.functional.pad(q, (0, 1))[..., :-1]
+    elif case == 'start':
+        q = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    bi_gla_backward(others[1], q, *others)
+    assert len(kernels) == 4
+    assert not any('wgmma' in kernel.asm['ptx'] for _, kernel in kernels)
 
 
 SMALL, LARGE = (torch.bfloat16, 64), (torch.bfloat16, 128)
