@@ -1,6 +1,5 @@
 """Every Triton kernel compiles for the GPUs it is meant for; needs no GPU."""
 
-import dataclasses
 import re
 import subprocess
 from unittest import mock
@@ -232,58 +231,20 @@ def stack_of(kernel, path):
     return int(re.search(r'STACK:(\d+)', text)[1])
 
 
-@pytest.mark.parametrize(
-    ('of', 'widths', 'gates'),
-    [
-        ('fwd', (32, 64), torch.bfloat16),
-        ('fwd', (32, 64), torch.float32),
-        ('fwd', (64, 64), torch.bfloat16),
-        ('bwd', (32, 64), torch.bfloat16),
-        ('bwd', (16, 32), torch.bfloat16),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize('segment', [8, 2], ids=['one', 'several'])
-def test_warpgroups_of_bi_gla_spill_nothing(kernels, tmp_path, segment, of, widths, gates):
-    """The assembler of Triton 3.6 miscompiles products of warpgroups beside spilled registers."""
-    from linvis_ops._chunks import divide
-    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward, launch
+@pytest.mark.parametrize('of', ['fwd', 'bwd'])
+@pytest.mark.parametrize('width', [64, 128])
+def test_bi_gla_forms_no_warpgroups(kernels, of, width):
+    """The assembler of Triton 3.6 miscompiles their products where registers are spilled."""
+    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward
 
     if triton.runtime.driver.active.get_current_target().arch < 90:
         pytest.skip('the GPU has no warpgroups')
-    inputs = bi_gla_inputs(1, 300, 1, *widths, torch.bfloat16, gate_dtype=gates)
-    inputs = detached(inputs)
-    rule = dataclasses.replace(launch.RULES[9, 0][of, 'small'], at_once=16, programs=1)
-    division = divide(inputs[0], inputs[2], of, {}, rule)
-    division = dataclasses.replace(
-        division, segment=segment, segments=-(-division.chunks // segment)
-    )
+    inputs = detached(bi_gla_inputs(1, 300, 1, width // 2, width, torch.bfloat16))
     if of == 'fwd':
-        kernels_triton.bi_gla_forward(*inputs, launch=division)
+        kernels_triton.bi_gla_forward(*inputs)
     else:
-        kernels_triton_backward.bi_gla_backward(inputs[2], *inputs, launch=division)
-    formed = [name for name, kernel in kernels if 'wgmma' in kernel.asm['ptx']]
-    assert 'bi_gla_out_kernel' in formed
-    for name, kernel in kernels:
-        assert name not in formed or stack_of(kernel, tmp_path / 'kernel.cubin') == 0, name
-
-
-@pytest.mark.parametrize('case', ['width', 'stride', 'start', 'gates', 'keys'])
-def test_bi_gla_forms_no_warpgroups_where_registers_may_be_spilled(kernels, monkeypatch, case):
-    from linvis_ops import _chunks
-    from linvis_ops.bi_gla.kernels_triton_backward import bi_gla_backward
-
-    monkeypatch.setattr(_chunks, '_capability_and_processors', lambda _device: ((9, 0), 132))
-    widths = {'width': (24, 64), 'keys': (64, 64)}.get(case, (32, 64))
-    gates = torch.float32 if case == 'gates' else None
-    inputs = bi_gla_inputs(1, 200, 1, *widths, torch.bfloat16, gate_dtype=gates)
-    q, *others = detached(inputs)
-    if case == 'stride':
-        q = torch.nn.functional.pad(q, (0, 1))[..., :-1]
-    elif case == 'start':
-        q = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
-    bi_gla_backward(others[1], q, *others)
-    assert len(kernels) == 4
+        kernels_triton_backward.bi_gla_backward(inputs[2], *inputs)
+    assert len(kernels) == (4 if of == 'fwd' else 5)
     assert not any('wgmma' in kernel.asm['ptx'] for _, kernel in kernels)
 
 

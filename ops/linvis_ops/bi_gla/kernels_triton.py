@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linvis_ops._chunks import Launch, Rows
+from linvis_ops._chunks import Launch, Rows, rows_of
 from linvis_ops._triton import on_device
 from linvis_ops._triton_tiles import (
     add_product,
@@ -43,7 +43,7 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     to_middle,
     weights_for,
 )
-from linvis_ops.bi_gla.launch import rows_and_launch
+from linvis_ops.bi_gla.launch import launch_for
 
 # Segments whose states are loaded together by the scan.
 AT_ONCE = tl.constexpr(8)
@@ -322,7 +322,8 @@ def bi_gla_forward(
     """Output (B, T, H, V), contiguous, in the dtype of v."""
     batch, tokens, heads, key_width = q.shape
     value_width = v.shape[-1]
-    rows, launch = rows_and_launch('fwd', launch, q, k, v, g_fwd, g_bwd)
+    launch = launch or launch_for(q, v, 'fwd')
+    rows = rows_of(q, k, v, g_fwd, g_bwd, length=launch.length)
     o = v.new_empty(v.shape)
     flags = v.new_empty((batch * heads * launch.chunks,), dtype=torch.int8)
     half = (key_width**-0.5 if scale is None else scale) / 2

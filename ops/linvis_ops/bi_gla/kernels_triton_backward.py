@@ -1,9 +1,9 @@
 """Triton kernel of the gradient of bidirectional gated linear attention.
 
 A program has one chunk of one head, as in kernels_triton.py. It reads the states that enter the
-chunk and the gradients by the states that leave it, and turns them into all gradients of the
-chunk's tokens; of the forward pass only the inputs are read. README.md of this folder has the
-formulas.
+chunk and the gradients by the states that leave it, and turns them into the gradients by queries,
+keys and gates; that by values comes from `bi_gla_out_kernel`. Of the forward pass only the inputs
+are read. README.md of this folder has the formulas.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linvis_ops._chunks import Launch
+from linvis_ops._chunks import Launch, rows_of
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import (
@@ -34,7 +34,7 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     multiplied,
     weights_for,
 )
-from linvis_ops.bi_gla.launch import rows_and_launch
+from linvis_ops.bi_gla.launch import launch_for
 
 
 @triton.jit(
@@ -158,7 +158,8 @@ def bi_gla_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients by q, k, v, g_fwd and g_bwd, contiguous, each in the dtype of its tensor."""
     batch, tokens, heads, key_width = q.shape
-    rows, launch = rows_and_launch('bwd', launch, q, k, v, g_fwd, g_bwd, go)
+    launch = launch or launch_for(q, v, 'bwd')
+    rows = rows_of(q, k, v, g_fwd, g_bwd, go, length=launch.length)
     slices = triton.cdiv(v.shape[-1], launch.values)
     dv = v.new_empty(v.shape)
     parts = tuple(
