@@ -62,6 +62,42 @@ def test_every_division_computes_the_definition(
         assert_matches(name, a.cpu(), e, None, dtype)
 
 
+def check_both_passes(inputs, launches=(None, None)):
+    from linvis_ops.bi_gla.kernels_triton import bi_gla_forward
+    from linvis_ops.bi_gla.kernels_triton_backward import bi_gla_backward as triton_backward
+
+    given = [t.detach() for t in inputs]
+    exact = [t.cpu().double() for t in given]
+    dtype = given[0].dtype
+    go = torch.randn(given[2].shape).to(given[2])
+    actual = bi_gla_forward(*given, launch=launches[0])
+    assert_matches('y', actual.cpu(), bi_gla_chunked(*exact), None, dtype)
+    actual = triton_backward(go, *given, launch=launches[1])
+    expected = bi_gla_backward(go.cpu().double(), *exact)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert_matches(name, a.cpu(), e, None, dtype)
+
+
+@pytest.mark.parametrize('segment', [5, 2])
+@pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
+def test_chunks_out_of_range_between_others(backend, device, segment):
+    from linvis_ops._chunks import Launch
+
+    inputs = bi_gla_inputs(1, 70, 1, 6, 20, torch.bfloat16, device)
+    with torch.no_grad():
+        inputs[3][:, 20:27] = -20.0
+        inputs[4][:, 38] = -float('inf')
+    launch = Launch(16, 5, segment, -(-5 // segment), keys=16, values=32)
+    check_both_passes(inputs, (launch, launch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('gates', [torch.bfloat16, torch.float32], ids=['bf16', 'f32'])
+@pytest.mark.parametrize('shape', [(2, 197, 3), (1, 1100, 2), (150, 300, 2)], ids=str)
+def test_rules_at_the_widths_of_vig(shape, gates):
+    check_both_passes(bi_gla_inputs(*shape, 32, 64, torch.bfloat16, 'cuda', gate_dtype=gates))
+
+
 @pytest.mark.parametrize('shape', [(1, 1, 1), (128, 196, 3), (1, 65536, 6), (64, 1024, 6)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
 @pytest.mark.parametrize('width', [20, 128])

@@ -1,11 +1,17 @@
-"""What the Triton kernels of gated linear attention share: gates, their sums and decays."""
+"""What the Triton kernels of gated linear attention share: gates, their sums, decays and states."""
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from linvis_ops._triton import interpreting
 from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import load_rows, operand
 
+_INTERPRETING = tl.constexpr(interpreting())
 # A gate below this decays to 0 in float32 as well, and its sums stay numbers.
 SHUT = tl.constexpr(-200.0)
 # Largest exponent of a factor. Operands of 24 bits ask for exponents that are precise.
@@ -41,32 +47,6 @@ def load_gates(p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def add_chosen(total, choice, x, dtype: tl.constexpr, digits: tl.constexpr):
-    """Float32 total + choice x, where choice is a matrix of zeros and ones.
-
-    For short inputs by tensor cores, with x as a sum of as many bfloat16 numbers as hold the digits
-    of the dtype called `digits`.
-    """
-    PIECES: tl.constexpr = 1 if digits == tl.bfloat16 else (2 if digits == tl.float16 else 3)
-    if dtype == tl.float32:
-        total = tl.dot(tl.where(choice, 1.0, 0.0), x, total, input_precision='ieee')
-    else:
-        one = operand(tl.full((1, 1), 1.0, tl.float32), tl.bfloat16)
-        chosen = tl.where(choice, one, tl.zeros_like(one))
-        for _ in tl.static_range(PIECES):
-            piece = operand(x, tl.bfloat16)
-            total = tl.dot(chosen, piece, total)
-            x -= piece.to(tl.float32)
-    return total
-
-
-@triton.jit
-def whole(passed):
-    """A row of a tile whose rows are alike, as a column."""
-    return tl.max(passed, 0)[:, None]
-
-
-@triton.jit
 def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
     """Matrix (L, L): for each token those before it, those behind it if REVERSE; itself if OWN."""
     t = tl.arange(0, L)[:, None]
@@ -78,70 +58,148 @@ def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
     return chosen
 
 
-@triton.jit
-def add_all(total, x, dtype: tl.constexpr, digits: tl.constexpr):
-    """Total + the sum of all rows of x, (L, BK), in each row."""
-    ones = tl.full((x.shape[0], x.shape[0]), True, tl.int1)
-    return add_chosen(total, ones, x, dtype, digits)
+def make_weights(device: torch.device, dtype: torch.dtype, length: int) -> Tensor:
+    """Matrices (7, L, L) for `load_weights`, in the dtype that products of sums take.
 
-
-@triton.jit
-def gate_sums(
-    g, dtype: tl.constexpr, digits: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr
-):
-    """Sums of the gates (L, BK) that `choose` chooses, and of all, every row alike."""
-    L: tl.constexpr = g.shape[0]
-    total = add_all(tl.zeros_like(g), g, dtype, digits)
-    if dtype == tl.float32:
-        sums = add_chosen(tl.zeros_like(g), choose(L, REVERSE, OWN), g, dtype, digits)
-    else:
-        # what differences lose is little beside short inputs, and one matrix takes less registers
-        sums = add_chosen(tl.zeros_like(g), choose(L, False, True), g, dtype, digits)
-        if REVERSE:
-            sums = total - sums
-        if REVERSE == OWN:
-            sums = sums + g if OWN else sums - g
-    return sums, total
-
-
-@triton.jit
-def add_crossing(
-    crossing, keys, queries, dtype: tl.constexpr, digits: tl.constexpr, REVERSE: tl.constexpr
-):
-    """Crossing + keys before each gate + queries behind it, (L, BK); exchanged if REVERSE."""
-    L: tl.constexpr = keys.shape[0]
-    if REVERSE:
-        crossing = add_all(crossing, keys, dtype, digits)
-        crossing = add_chosen(crossing, choose(L, False, True), queries - keys, dtype, digits)
-    else:
-        crossing = add_all(crossing, queries, dtype, digits)
-        difference = keys - queries
-        crossing = add_chosen(
-            crossing - difference, choose(L, False, True), difference, dtype, digits
-        )
-    return crossing
-
-
-@triton.jit
-def own_log_decays(
-    p, stride, start, T, dtype: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr,
-):  # fmt: skip
-    """Log decays (L, BK) from the edge where a direction enters a chunk up to each token.
-
-    The second result is half the log decay over the chunk, every row alike.
+    For each token, 1 for those behind it, for those before it, for it and those behind it, for it
+    and those before it, and 0 for others; the last two of these with 1/2 for 1 and -1/2 for 0; 1
+    everywhere.
     """
-    g = load_gates(p, stride, start, T, K, L, BK)
-    sums, total = gate_sums(g, dtype, p.dtype.element_ty, REVERSE, True)
-    return sums, total * 0.5
+    every = torch.ones(length, length, device=device)
+    before, upto = every.tril(-1), every.tril()
+    matrices = (before.T, before, upto.T, upto, upto.T - 0.5, upto - 0.5, every)
+    short = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    return torch.stack(matrices).to(short)
+
+
+_kept_weights = functools.cache(make_weights)
+
+
+def weights_for(x: Tensor, length: int) -> Tensor:
+    """Matrices for inputs such as x, made once for a device."""
+    if x.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+        # what a graph makes has no numbers before it runs, so that nobody else may have it
+        return make_weights(x.device, x.dtype, length)
+    return _kept_weights(x.device, x.dtype, length)
 
 
 @triton.jit
-def in_range(from_middle, from_middle2, dtype: tl.constexpr):
-    """Whether log decays, counted from the middle of their range, fit factors of products."""
-    largest = tl.max(tl.maximum(tl.abs(from_middle), tl.abs(from_middle2)))
+def load_weights(p, which, L: tl.constexpr):
+    """Matrix number `which` of `make_weights`, a factor of `add_weighted`."""
+    x = tl.load(p + which * (L * L) + tl.arange(0, L)[:, None] * L + tl.arange(0, L)[None, :])
+    if _INTERPRETING:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_ones(p, dtype: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
+    """Matrix (L, WIDTH) of ones from those of `make_weights`, an operand."""
+    column = tl.arange(0, WIDTH)
+    if WIDTH > L:
+        column = column % L
+    x = tl.load(p + 6 * (L * L) + tl.arange(0, L)[:, None] * L + column[None, :])
+    if dtype == tl.float16 or _INTERPRETING:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def add_weighted(total, weights, x, dtype: tl.constexpr, digits: tl.constexpr):
+    """Float32 total + weights x, for weights that bfloat16 holds without error.
+
+    For short inputs by tensor cores, with x as a sum of as many bfloat16 numbers as hold the digits
+    of the dtype called `digits`.
+    """
+    PIECES: tl.constexpr = 1 if digits == tl.bfloat16 else (2 if digits == tl.float16 else 3)
     if dtype == tl.float32:
-        fits = largest <= RANGE_FLOAT32
+        total = tl.dot(weights, x, total, input_precision='ieee')
     else:
-        fits = largest <= RANGE
-    return fits
+        for _ in tl.static_range(PIECES):
+            piece = operand(x, tl.bfloat16)
+            total = tl.dot(weights, piece, total)
+            x -= piece.to(tl.float32)
+    return total
+
+
+@triton.jit
+def log_decays_from_middle(
+    weights, which, p, stride, start, T, dtype: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Log decays (L, BK) of a chunk up to each token, its own gate included.
+
+    They are counted from the middle of their range: half of the gates up to a token less half of
+    those behind it, by matrix number `which`. No number where a gate is infinite.
+    """
+    g = load_rows(p, stride, start, T, 0, K, L, BK).to(tl.float32)
+    centred = load_weights(weights, which, L)
+    return add_weighted(tl.zeros((L, BK), tl.float32), centred, g, dtype, p.dtype.element_ty)
+
+
+@triton.jit
+def bound(dtype: tl.constexpr):
+    """Largest exponent of a factor of products, for inputs of a dtype."""
+    return RANGE_FLOAT32 if dtype == tl.float32 else RANGE
+
+
+@triton.jit
+def count_outside(log_decay, dtype: tl.constexpr):
+    """How many log decays, counted from the middle of their range, fit no factor of products."""
+    fit = tl.abs(log_decay) <= bound(dtype)
+    return tl.sum(tl.sum(1 - fit.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def to_middle(total, dtype: tl.constexpr):
+    """Log decay from the edge of a chunk to where a state in memory is, of that over the chunk.
+
+    That place is the middle of the chunk's range where the chunk is in range, and otherwise as far
+    as exponents are bounded.
+    """
+    return tl.maximum(total * 0.5, -bound(dtype))
+
+
+@triton.jit
+def state_places(column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Where the elements (BV, BK) of a transposed state are in memory, and which of them exist."""
+    c = column + tl.arange(0, BV)[:, None]
+    i = tl.arange(0, BK)[None, :]
+    exist = tl.full((BV, BK), True, tl.int1)
+    if K < BK or V % BV != 0:
+        exist = (i < K) & (c < V)
+    return c * K + i, exist
+
+
+@triton.jit
+def load_state(
+    states, logs, sums, index, n, m, N, S, column, dtype: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """State number `index` that enters chunk n of segment m, decayed up to the chunk's middle.
+
+    Returns:
+        An operand (BV, BK), transposed; zeros if memory has none.
+    """
+    if states is None:
+        state = tl.zeros((BV, BK), tl.float32)
+    else:
+        places, exist = state_places(column, K, V, BK, BV)
+        state = tl.load(states + (index * N + n) * (V * K) + places, mask=exist, other=0.0)
+        state = state.to(tl.float32)
+        if sums is not None:
+            i = tl.arange(0, BK)[None, :]
+            log = tl.load(logs + (index * N + n) * K + i, mask=i < K, other=0.0)
+            entering = tl.load(sums + (index * S + m) * (V * K) + places, mask=exist, other=0.0)
+            state += entering.to(tl.float32) * exp(log)
+    return operand(state, dtype)
+
+
+@triton.jit
+def multiplied(a, b, dtype: tl.constexpr):
+    """Product, element by element, of two operands, as an operand."""
+    if dtype == tl.bfloat16 and not _INTERPRETING:
+        y = a * b
+    else:
+        y = operand(a.to(tl.float32) * b.to(tl.float32), dtype)
+    return y

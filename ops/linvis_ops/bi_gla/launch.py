@@ -5,31 +5,34 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from linvis_ops._chunks import Launch, Pass, Rule, Rules, RulesByDevice, divide
+from linvis_ops._chunks import (
+    Launch,
+    Pass,
+    Rule,
+    Rules,
+    RulesByDevice,
+    _capability_and_processors,
+    divide,
+)
 
 # On Hopper, Triton turns products of so many rows into those of warpgroups, in programs of so many
-# warps. The assembler of Triton 3.6 (ptxas 12.8) then may address their operands by the pointer to
-# its stack where registers are spilled: README.md, Implementation in Triton.
+# warps, which are not used: README.md, Implementation in Triton.
 WARPGROUP_ROWS = 64
 WARPGROUP_WARPS = 4
+# Sequences and heads for each multiprocessor from which on a sequence is one segment.
+MANY = 2
+# States go through memory once a chunk, so that segments only make enough programs.
+LONG = 1 << 30
 
-# Safe on every GPU.
 DEFAULT: Rules = {
-    ('fwd', 'small'): Rule(length=32, warps=2),
-    ('fwd', 'large'): Rule(length=32, state_bytes=16384),
-    ('fwd', 'wide'): Rule(length=16),
-    ('bwd', 'small'): Rule(length=32, warps=2),
-    ('bwd', 'large'): Rule(length=32, warps=8, stages=1),
-    ('bwd', 'wide'): Rule(length=16, warps=8, stages=1),
+    ('fwd', 'small'): Rule(length=32, warps=2, segment=LONG),
+    ('fwd', 'large'): Rule(length=32, state_bytes=16384, segment=LONG),
+    ('fwd', 'wide'): Rule(length=16, segment=LONG),
+    ('bwd', 'small'): Rule(length=32, warps=2, segment=LONG),
+    ('bwd', 'large'): Rule(length=32, warps=8, stages=1, segment=LONG),
+    ('bwd', 'wide'): Rule(length=16, warps=8, stages=1, segment=LONG),
 }
-RULES: RulesByDevice = {
-    (0, 0): DEFAULT,
-    (9, 0): {
-        **DEFAULT,
-        ('fwd', 'small'): Rule(length=32, warps=2, segment=128, stages=3),
-        ('bwd', 'small'): Rule(length=32, warps=2, segment=128),
-    },
-}
+RULES: RulesByDevice = {(0, 0): DEFAULT}
 
 
 def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Launch:
@@ -42,6 +45,9 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
         rule: Instead of the rule of the device.
     """
     launch = divide(q, v, of, RULES, rule)
+    _, processors = _capability_and_processors(q.device)
+    if rule is None and q.shape[0] * q.shape[2] >= MANY * processors:
+        launch = dataclasses.replace(launch, segment=launch.chunks, segments=1)
     if q.dtype == torch.float32 or max(launch.length, launch.keys) < WARPGROUP_ROWS:
         return launch
     return dataclasses.replace(launch, warps=min(launch.warps, WARPGROUP_WARPS // 2))
