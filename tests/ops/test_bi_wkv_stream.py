@@ -156,6 +156,20 @@ def test_decay_or_bonus_that_is_no_number(which):
     assert torch.equal(changed, y)
 
 
+@pytest.mark.parametrize('tokens', [196, 600])
+def test_outputs_that_overflow_within_a_row_are_computed_again(tokens):
+    # two tokens whose large values cancel in all sums, but not beside the bonus
+    w, u, k, v = inputs_of(1, tokens, 8)
+    w.zero_()
+    u.fill_(19.9)
+    k.zero_()
+    k[:, 4:6] = 60.0
+    v[:, 4] = 2.0**40
+    v[:, 5] = -(2.0**40)
+    expected = bi_wkv(w.double(), u.double(), k.double(), v.double(), backend='reference')
+    assert_matches('y', stream(w, u, k, v), expected, None, k.dtype)
+
+
 def test_keys_that_are_all_none():
     inputs = inputs_of(1, 600, 8)
     inputs[2][:] = -torch.inf
