@@ -1,0 +1,549 @@
+"""Triton kernels of retention on grids: states of lines, their mixture, outputs.
+
+R rows and W columns of the grid, without the class token, which is a row of its own with one token
+in the last column. A block of tokens is BY rows and BX columns and one program's, a tile some
+blocks. A line is one row or one column of the grid. README.md of this folder, Implementation in
+Triton, has the formulas.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linvis_ops._chunks import Rows, rows_of
+from linvis_ops._triton import interpreting, on_device
+from linvis_ops._triton_math import exp2
+from linvis_ops._triton_tiles import add_product, cast, operand, place, product
+from linvis_ops.retention.kernels_triton import decay, load_log2
+from linvis_ops.retention.launch import is_even
+from linvis_ops.retention.launch_grid import GridLaunch, launch_for, rule_for
+
+# Which tokens are seen: those above and to the left, those below and to the right, all.
+BEFORE = tl.constexpr(0)
+BEHIND = tl.constexpr(1)
+BOTH = tl.constexpr(2)
+_INTERPRETING = tl.constexpr(interpreting())
+# Elements of a state in one program of the mixture.
+MIX_ELEMENTS = 64
+
+
+@triton.jit
+def tokens_at(y, x, R, W, T):
+    """Number of the token at row y and column x, and whether there is one."""
+    number = y * W + x
+    last = T - 1  # is the class token where T > R * W
+    exist = (x < W) & ((y < R) | ((y == R) & (x == W - 1) & (R * W < T)))
+    return tl.minimum(number, last).to(tl.int64), exist
+
+
+@triton.jit
+def load_tokens(
+    p, stride, number, exist, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tokens of these numbers as they are in memory, (n, BLOCK); 0 where there is none."""
+    c = column + tl.arange(0, BLOCK)[None, :]
+    inside = exist[:, None]
+    if WIDTH % BLOCK != 0:
+        inside = inside & (c < WIDTH)
+    return tl.load(p + (number * stride)[:, None] + c, mask=inside, other=0)
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr):
+    """Elements from memory as a factor of a product, beside factors that `operand` gives."""
+    if x.dtype == tl.float32:
+        x = operand(x, dtype)
+    elif x.dtype == tl.float16 or _INTERPRETING:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit(
+    do_not_specialize=[
+        'T', 'H', 'R', 'W', 'N', 'length', 'lines', 'x_b', 'x_t', 'x_h', 'y_b', 'y_t', 'y_h',
+    ]
+)  # fmt: skip
+def retention_line_kernel(
+    x,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
+    y,  # (B, T, H, V)
+    log_gamma,  # (H,), float32
+    states,  # (1 or 2, B, H, N - 1, lines, K, V), in the dtype of products
+    T,
+    H,
+    R,
+    W,
+    N,  # tiles of a line
+    length,  # tokens of a line in a tile
+    lines,
+    x_b, x_t, x_h, y_b, y_t, y_h,
+    ALIGN: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,  # at least length
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    VERTICAL: tl.constexpr,  # lines are columns
+    SEEN: tl.constexpr,
+):  # fmt: skip
+    """Sums of x y^T over the tokens of a line before each tile but the first, decayed up to it.
+
+    Or behind each tile but the last, or if SEEN is BOTH the two, one after the other in memory.
+    """
+    batch, line, h = place(tl.program_id(0), lines, H)
+    column = tl.program_id(1) * BV
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += (batch * x_b + h * x_h) * ALIGN
+    y += (batch * y_b + h * y_h) * ALIGN
+    log2 = load_log2(log_gamma, h)
+    behind = tl.program_id(2)
+    if SEEN == BEHIND:
+        behind += 1
+    across = decay(log2, length)
+    step = tl.arange(0, L)
+    decays = decay(log2, tl.where(behind == 1, step, length - 1 - step))
+    index = tl.program_id(2) * (tl.num_programs(0).to(tl.int64) // lines)
+    index = ((index + batch * H + h) * (N - 1)) * lines + line
+    i = tl.arange(0, BK)[:, None]
+    c = column + tl.arange(0, BV)[None, :]
+    states += i * V + c
+    state = tl.zeros((BK, BV), tl.float32)
+    for m in range(N - 1):
+        n = tl.where(behind == 1, N - 1 - m, m)
+        position = n * length + step
+        if VERTICAL:
+            number, exist = tokens_at(position, line, R, W, T)
+        else:
+            number, exist = tokens_at(line, position, R, W, T)
+        exist = exist & (step < length)
+        b_x = as_operand(load_tokens(x, x_t * ALIGN, number, exist, 0, K, BK), dtype)
+        b_y = load_tokens(y, y_t * ALIGN, number, exist, column, V, BV).to(tl.float32)
+        decayed = operand(b_y * decays[:, None], dtype)
+        state = add_product(state * across, tl.trans(b_x), decayed, dtype)
+        slot = index + (n - behind) * lines
+        p = states + slot * (K * V)
+        tl.store(p, cast(state, p), mask=(i < K) & (c < V))
+
+
+@triton.jit
+def load_lines(p, start, stop, e, STATE: tl.constexpr, LINES: tl.constexpr):
+    """States of lines start .. stop - 1, (LINES, elements), float32; 0 beyond them."""
+    line = start + tl.arange(0, LINES)
+    mask = (line < stop)[:, None] & (e < STATE)[None, :]
+    x = tl.load(p + line.to(tl.int64)[:, None] * STATE + e[None, :], mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_lines(p, x, start, stop, e, STATE: tl.constexpr, LINES: tl.constexpr):
+    """Store what `load_lines` loads."""
+    line = start + tl.arange(0, LINES)
+    mask = (line < stop)[:, None] & (e < STATE)[None, :]
+    tl.store(p + line.to(tl.int64)[:, None] * STATE + e[None, :], cast(x, p), mask=mask)
+
+
+@triton.jit(do_not_specialize=['H', 'slots', 'lines', 'N', 'length'])
+def retention_mix_kernel(
+    states,  # (kinds, B, H, slots, lines, K, V)
+    mixed,  # the same
+    log_gamma,  # (H,), float32
+    H,
+    slots,
+    lines,
+    N,  # tiles
+    length,  # lines of a tile
+    STATE: tl.constexpr,  # K * V
+    LINES: tl.constexpr,  # at least length
+    BLOCK: tl.constexpr,
+    SEEN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Sums of the states of the lines that are seen, decayed from line to line.
+
+    Lines of the same tile only, unless ACROSS.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    log2 = load_log2(log_gamma, row // slots % H)
+    states += row * lines * STATE
+    mixed += row * lines * STATE
+    i = tl.arange(0, LINES)
+    distance = i[:, None] - i[None, :]
+    decays = decay(log2, distance)
+    if SEEN == BEFORE:
+        decays = tl.where(distance >= 0, decays, 0.0)
+    elif SEEN == BEHIND:
+        decays = tl.where(distance <= 0, decays, 0.0)
+    decays = operand(decays, DTYPE)
+    across = decay(log2, length)
+    from_before = decay(log2, i + 1)
+    from_behind = decay(log2, length - i)
+    from_last = decay(log2, length - 1 - i)
+    from_first = decay(log2, i)
+    carried = tl.zeros((BLOCK,), tl.float32)
+    for m in range(N):
+        n = m if SEEN == BEFORE else N - 1 - m
+        start = n * length
+        stop = tl.minimum(start + length, lines)
+        x = load_lines(states, start, stop, e, STATE, LINES)
+        y = product(decays, operand(x, DTYPE), DTYPE)
+        if ACROSS:
+            if SEEN == BEFORE:
+                y += from_before[:, None] * carried[None, :]
+                carried = carried * across + tl.sum(x * from_last[:, None], 0)
+            else:
+                y += from_behind[:, None] * carried[None, :]
+                carried = carried * across + tl.sum(x * from_first[:, None], 0)
+        store_lines(mixed, y, start, stop, e, STATE, LINES)
+    if ACROSS and SEEN == BOTH:
+        tl.debug_barrier()  # what other threads have stored is read again
+        carried = tl.zeros((BLOCK,), tl.float32)
+        for n in range(N):
+            start = n * length
+            stop = tl.minimum(start + length, lines)
+            x = load_lines(states, start, stop, e, STATE, LINES)
+            y = load_lines(mixed, start, stop, e, STATE, LINES)
+            y += from_before[:, None] * carried[None, :]
+            carried = carried * across + tl.sum(x * from_last[:, None], 0)
+            store_lines(mixed, y, start, stop, e, STATE, LINES)
+
+
+@triton.jit
+def add_states(
+    out, b_q, states, first, lines, local, factor, column, dtype: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Add what the tokens of a block read of the states of their lines.
+
+    Args:
+        out: (tokens, BV).
+        b_q: Queries, (tokens, BK), float32.
+        states: Of the tile, (.., K, V) or, TRANSPOSED, (.., V, K).
+        first: First line of the block.
+        lines: Lines of the block that exist; 0 where nothing enters.
+        local: Line of each token, counted from the first.
+        factor: Decay of each token from the edge of the tile.
+        column: First value channel.
+        dtype: Of the products.
+        K: Key channels.
+        V: Value channels.
+        BK: Key channels of a tile.
+        BV: Value channels of a tile.
+        TRANSPOSED: See states.
+    """
+    i = tl.arange(0, BK)
+    c = column + tl.arange(0, BV)
+    b_q *= factor[:, None]
+    for line in range(lines):
+        p = states + (first + line).to(tl.int64) * (K * V)
+        if TRANSPOSED:
+            inside = (c < V)[:, None] & (i < K)[None, :]
+            state = tl.trans(tl.load(p + c[:, None] * K + i[None, :], mask=inside, other=0.0))
+        else:
+            inside = (i < K)[:, None] & (c < V)[None, :]
+            state = tl.load(p + i[:, None] * V + c[None, :], mask=inside, other=0.0)
+        own = operand(tl.where((local == line)[:, None], b_q, 0.0), dtype)
+        out = add_product(out, own, as_operand(state, dtype), dtype)
+    return out
+
+
+@triton.jit(
+    do_not_specialize=[
+        'T', 'H', 'R', 'W', 'tile_rows', 'tile_columns', 'scale', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t',
+        'k_h', 'v_b', 'v_t', 'v_h',
+    ]
+)  # fmt: skip
+def retention_block_kernel(
+    q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
+    k,
+    v,  # (B, T, H, V)
+    log_gamma,  # (H,), float32
+    o,  # (B, T, H, V), contiguous
+    of_columns,  # mixed states of columns, (1 or 2, B, H, tiles down - 1, W, K, V), or None
+    of_rows,  # of rows, (1 or 2, B, H, tiles across - 1, rows, K, V), or None
+    T,
+    H,
+    R,
+    W,
+    tile_rows,  # in blocks
+    tile_columns,
+    scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    ALIGN: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BY: tl.constexpr,
+    BX: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SEEN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # states are (V, K)
+):  # fmt: skip
+    """Outputs of one block."""
+    down = tl.cdiv(R, BY)  # blocks, without one that has nothing but the class token
+    across = tl.cdiv(W, BX)
+    rows = R + T - R * W
+    extra = tl.cdiv(rows, BY) - down
+    batch, part, h = place(tl.program_id(0), down * across + extra, H)
+    by = part // across
+    bx = tl.where(by == down, across - 1, part % across)
+    ty = by // tile_rows
+    tx = bx // tile_columns
+    column = tl.program_id(1) * BV
+    dtype: tl.constexpr = q.dtype.element_ty
+    q += (batch * q_b + h * q_h) * ALIGN
+    k += (batch * k_b + h * k_h) * ALIGN
+    v += (batch * v_b + h * v_h) * ALIGN
+    log2 = load_log2(log_gamma, h)
+
+    token = tl.arange(0, BY * BX)
+    row = token // BX
+    col = token % BX
+    number, exist = tokens_at(by * BY + row, bx * BX + col, R, W, T)
+    b_q = as_operand(load_tokens(q, q_t * ALIGN, number, exist, 0, K, BK), dtype)
+
+    # blocks of the tile that are seen: first_y .. last_y, first_x .. last_x, that of the class token
+    first_y = ty * tile_rows
+    first_x = tx * tile_columns
+    last_y = tl.minimum(first_y + tile_rows, down)
+    last_x = tl.minimum(first_x + tile_columns, across)
+    more = tl.where((first_y + tile_rows > down) & (last_x == across), extra, 0)
+    if SEEN == BEFORE:
+        last_y = tl.minimum(last_y, by + 1)
+        last_x = tl.minimum(last_x, bx + 1)
+        more = tl.where(by == down, more, 0)
+    elif SEEN == BEHIND:
+        first_y = by
+        first_x = bx
+    wide = last_x - first_x
+    count = tl.maximum(last_y - first_y, 0) * wide
+    out = tl.zeros((BY * BX, BV), tl.float32)
+    for i in range(count + more):
+        k_y = tl.where(i < count, first_y + i // wide, down)
+        k_x = tl.where(i < count, first_x + i % wide, across - 1)
+        k_number, k_exist = tokens_at(k_y * BY + row, k_x * BX + col, R, W, T)
+        b_k = as_operand(load_tokens(k, k_t * ALIGN, k_number, k_exist, 0, K, BK), dtype)
+        b_v = as_operand(load_tokens(v, v_t * ALIGN, k_number, k_exist, column, V, BV), dtype)
+        d_y = (row + (by - k_y) * BY).to(tl.float32)[:, None] - row.to(tl.float32)[None, :]
+        d_x = (col + (bx - k_x) * BX).to(tl.float32)[:, None] - col.to(tl.float32)[None, :]
+        decays = exp2(log2 * (tl.abs(d_y) + tl.abs(d_x)))
+        if SEEN == BEFORE:
+            decays = tl.where(tl.minimum(d_y, d_x) >= 0, decays, 0.0)
+        elif SEEN == BEHIND:
+            decays = tl.where(tl.maximum(d_y, d_x) <= 0, decays, 0.0)
+        weight = product(b_q, tl.trans(b_k), dtype) * decays
+        out = add_product(out, operand(weight, dtype), b_v, dtype)
+
+    heads = tl.num_programs(0).to(tl.int64) // (down * across + extra)  # of all sequences
+    index = batch * H + h
+    if of_columns is not None:
+        tiles = tl.cdiv(down + extra, tile_rows)
+        at = index * (tiles - 1)
+        q_now = b_q.to(tl.float32)
+        lines = tl.minimum(W - bx * BX, BX)
+        if SEEN != BEHIND:
+            p = of_columns + (at + ty - 1) * W * (K * V)
+            edge = (ty * tile_rows) * BY - 1
+            out = add_states(
+                out, q_now, p, bx * BX, tl.where(ty > 0, lines, 0), col,
+                decay(log2, by * BY + row - edge), column, dtype, K, V, BK, BV, TRANSPOSED,
+            )  # fmt: skip
+        if SEEN != BEFORE:
+            if SEEN == BOTH:
+                at += heads * (tiles - 1)
+            p = of_columns + (at + ty) * W * (K * V)
+            edge = (ty + 1) * tile_rows * BY
+            out = add_states(
+                out, q_now, p, bx * BX, tl.where(ty < tiles - 1, lines, 0), col,
+                decay(log2, edge - by * BY - row), column, dtype, K, V, BK, BV, TRANSPOSED,
+            )  # fmt: skip
+    if of_rows is not None:
+        tiles = tl.cdiv(across, tile_columns)
+        at = index * (tiles - 1)
+        q_now = b_q.to(tl.float32)
+        lines = tl.minimum(rows - by * BY, BY)
+        if SEEN != BEHIND:
+            p = of_rows + (at + tx - 1) * rows * (K * V)
+            edge = (tx * tile_columns) * BX - 1
+            out = add_states(
+                out, q_now, p, by * BY, tl.where(tx > 0, lines, 0), row,
+                decay(log2, bx * BX + col - edge), column, dtype, K, V, BK, BV, TRANSPOSED,
+            )  # fmt: skip
+        if SEEN != BEFORE:
+            if SEEN == BOTH:
+                at += heads * (tiles - 1)
+            p = of_rows + (at + tx) * rows * (K * V)
+            edge = (tx + 1) * tile_columns * BX
+            out = add_states(
+                out, q_now, p, by * BY, tl.where(tx < tiles - 1, lines, 0), row,
+                decay(log2, edge - bx * BX - col), column, dtype, K, V, BK, BV, TRANSPOSED,
+            )  # fmt: skip
+
+    c = column + tl.arange(0, BV)[None, :]
+    o += ((batch * T + number) * H + h)[:, None] * V + c
+    tl.store(o, cast(out * scale, o), mask=exist[:, None] & (c < V))
+
+
+class Grid:
+    """Retention on grids of one shape: of forward and backward pass, which differ in arguments."""
+
+    def __init__(
+        self, tokens: int, columns: int, log_gamma: Tensor, bidirectional: bool, launch: GridLaunch
+    ) -> None:
+        self.tokens, self.columns, self.rows = tokens, columns, tokens // columns
+        self.all_rows = -(-tokens // columns)
+        self.log_gamma = log_gamma.contiguous()
+        self.bidirectional = bidirectional
+        self.launch = launch
+        self.tiles = (
+            -(-self.all_rows // launch.tile_rows), -(-columns // launch.tile_columns)
+        )  # fmt: skip
+
+    def seen(self, reverse: bool) -> int:
+        """Which tokens are seen."""
+        return (BOTH if self.bidirectional else BEHIND if reverse else BEFORE).value
+
+    def states(self, keys: Rows, reverse: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Mixed states of columns and of rows; None where there is one tile in that direction."""
+        launch = self.launch
+        of_columns = of_rows = None
+        down, across = self.tiles
+        if down > 1:
+            lines, length = self.columns, launch.tile_rows
+            of_columns = self._mixed(
+                keys, reverse, down, length, lines, across, launch.tile_columns, vertical=True
+            )
+        if across > 1:
+            lines, length = self.all_rows, launch.tile_columns
+            of_rows = self._mixed(
+                keys, reverse, across, length, lines, down, launch.tile_rows, vertical=False
+            )
+        return of_columns, of_rows
+
+    def _mixed(
+        self,
+        keys: Rows,
+        reverse: bool,
+        tiles: int,
+        length: int,
+        lines: int,
+        other_tiles: int,
+        other_length: int,
+        *,
+        vertical: bool,
+    ) -> Tensor:
+        launch, (x, y) = self.launch, keys.tensors
+        batch, _, heads, key_width = x.shape
+        value_width = y.shape[-1]
+        short = x.dtype == torch.bfloat16
+        kinds = 2 if self.bidirectional else 1
+        shape = (kinds, batch, heads, tiles - 1, lines, key_width, value_width)
+        states, mixed = (
+            x.new_empty(shape, dtype=torch.bfloat16 if short else torch.float32) for _ in range(2)
+        )
+        bk, bv = launch.widths(key_width, value_width, 2 if short else 4)
+        seen = self.seen(reverse)
+        retention_line_kernel[(batch * heads * lines, triton.cdiv(value_width, bv), kinds)](
+            x, y, self.log_gamma, states, self.tokens, heads, self.rows, self.columns, tiles,
+            length, lines, *keys.strides, ALIGN=keys.align, K=key_width, V=value_width,
+            L=max(triton.next_power_of_2(length), 16), BK=bk, BV=bv, VERTICAL=vertical, SEEN=seen,
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+        state = key_width * value_width
+        grid = (kinds * batch * heads * (tiles - 1), triton.cdiv(state, MIX_ELEMENTS))
+        dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(x.dtype, tl.float32)
+        retention_mix_kernel[grid](
+            states, mixed, self.log_gamma, heads, tiles - 1, lines, other_tiles, other_length,
+            STATE=state, LINES=max(triton.next_power_of_2(other_length), 16), BLOCK=MIX_ELEMENTS,
+            SEEN=seen, ACROSS=vertical and other_tiles > 1, DTYPE=dtype, num_warps=4,
+        )  # fmt: skip
+        return mixed
+
+    def out(
+        self,
+        tokens: Rows,
+        states: tuple[Tensor | None, Tensor | None],
+        scale: float,
+        *,
+        reverse: bool = False,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Retention of queries, keys and values."""
+        launch, (q, _k, v) = self.launch, tokens.tensors
+        batch, _, heads, key_width = q.shape
+        value_width = v.shape[-1]
+        o = v.new_empty(v.shape)
+        bk, bv = launch.widths(key_width, value_width, 2 if q.dtype == torch.bfloat16 else 4)
+        by, bx = launch.block_rows, launch.block_columns
+        blocks = -(-self.rows // by) * -(-self.columns // bx)
+        blocks += -(-self.all_rows // by) - -(-self.rows // by)
+        retention_block_kernel[(batch * heads * blocks, triton.cdiv(value_width, bv))](
+            *tokens.tensors, self.log_gamma, o, *states, self.tokens, heads, self.rows,
+            self.columns, launch.tile_rows // by, launch.tile_columns // bx, scale,
+            *tokens.strides, ALIGN=tokens.align, K=key_width, V=value_width, BY=by, BX=bx, BK=bk,
+            BV=bv, SEEN=self.seen(reverse), TRANSPOSED=transposed, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
+        return o
+
+
+def _some(rows: Rows, *numbers: int) -> Rows:
+    """Some of the tensors, in this order."""
+    strides = [stride for n in numbers for stride in rows.strides[3 * n : 3 * n + 3]]
+    return Rows(tuple(rows.tensors[n] for n in numbers), tuple(strides), rows.align)
+
+
+def _grid(
+    rows: Rows, columns: int, log_gamma: Tensor, bidirectional: bool, launch: GridLaunch | None
+) -> Grid:
+    q, _, v, *_ = rows.tensors
+    tokens = q.shape[1]
+    if launch is None:
+        rule = rule_for(q, v, even=is_even(rows))
+        launch = launch_for(-(-tokens // columns), columns, rule)
+    return Grid(tokens, columns, log_gamma, bidirectional, launch)
+
+
+def retention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gamma: Tensor,
+    columns: int,
+    bidirectional: bool = False,
+    scale: float | None = None,
+    launch: GridLaunch | None = None,
+) -> Tensor:
+    """Output (B, T, H, V), contiguous, in the dtype of v."""
+    rows = rows_of(q, k, v, length=1)
+    grid = _grid(rows, columns, log_gamma, bidirectional, launch)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with on_device(v):
+        states = grid.states(_some(rows, 1, 2), reverse=False)
+        return grid.out(rows, states, scale)
+
+
+def retention_backward(
+    go: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gamma: Tensor,
+    columns: int,
+    bidirectional: bool = False,
+    scale: float | None = None,
+    launch: GridLaunch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v, contiguous, each in the dtype of its tensor."""
+    rows = rows_of(q, k, v, go, length=1)
+    grid = _grid(rows, columns, log_gamma, bidirectional, launch)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with on_device(v):
+        states = grid.states(_some(rows, 1, 2), reverse=False)
+        dq = grid.out(_some(rows, 3, 2, 1), states, scale, transposed=True)
+        states = grid.states(_some(rows, 0, 3), reverse=True)
+        dk = grid.out(_some(rows, 2, 3, 0), states, scale, reverse=True, transposed=True)
+        dv = grid.out(_some(rows, 1, 0, 3), states, scale, reverse=True)
+    return dq, dk, dv
