@@ -26,7 +26,7 @@ from linvis_ops import testing
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files of tests of an operator: test_<operator><kind>.py.
-KINDS = ('', '_cuda', '_gpu', '_stream', '_triton')
+KINDS = ('', '_cuda', '_gpu', '_grid', '_stream', '_triton')
 Inputs = tuple[Tensor, ...]
 Traffic = Callable[[Shape, int], tuple[int, int]]
 

@@ -210,6 +210,43 @@ def retention_mix_kernel(
 
 
 @triton.jit
+def to_edges(log2, local, blocks, B: tl.constexpr):
+    """Decays whose products are those between tokens of two blocks, as many blocks further.
+
+    Of queries, with that from edge to edge, and of keys.
+    """
+    last = B - 1 - local
+    between = log2 * ((tl.abs(blocks) - 1) * B + 1).to(tl.float32)
+    query = tl.where(blocks > 0, local, last)
+    key = tl.where(blocks > 0, last, local)
+    return exp2(log2 * query.to(tl.float32) + between), exp2(log2 * key.to(tl.float32))
+
+
+@triton.jit
+def block_decays(
+    log2, d_y, d_x, BY: tl.constexpr, BX: tl.constexpr, SEEN: tl.constexpr
+):  # fmt: skip
+    """Decays between the tokens of two blocks, [query, key]; the first is d_y, d_x further."""
+    token = tl.arange(0, BY * BX)
+    row = token // BX
+    col = token % BX
+    if (d_y != 0) & (d_x != 0):
+        # no exponential for each pair
+        query_y, key_y = to_edges(log2, row, d_y, BY)
+        query_x, key_x = to_edges(log2, col, d_x, BX)
+        decays = (query_y * query_x)[:, None] * (key_y * key_x)[None, :]
+    else:
+        y = (row + d_y * BY).to(tl.float32)[:, None] - row.to(tl.float32)[None, :]
+        x = (col + d_x * BX).to(tl.float32)[:, None] - col.to(tl.float32)[None, :]
+        decays = exp2(log2 * (tl.abs(y) + tl.abs(x)))
+        if SEEN == BEFORE:
+            decays = tl.where(tl.minimum(y, x) >= 0, decays, 0.0)
+        elif SEEN == BEHIND:
+            decays = tl.where(tl.maximum(y, x) <= 0, decays, 0.0)
+    return decays
+
+
+@triton.jit
 def add_states(
     out, b_q, states, first, lines, local, factor, column, dtype: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -304,7 +341,7 @@ def retention_block_kernel(
     number, exist = tokens_at(by * BY + row, bx * BX + col, R, W, T)
     b_q = as_operand(load_tokens(q, q_t * ALIGN, number, exist, 0, K, BK), dtype)
 
-    # blocks of the tile that are seen: first_y .. last_y, first_x .. last_x, that of the class token
+    # blocks of the tile that are seen: those of a rectangle, and that of the class token
     first_y = ty * tile_rows
     first_x = tx * tile_columns
     last_y = tl.minimum(first_y + tile_rows, down)
@@ -326,13 +363,7 @@ def retention_block_kernel(
         k_number, k_exist = tokens_at(k_y * BY + row, k_x * BX + col, R, W, T)
         b_k = as_operand(load_tokens(k, k_t * ALIGN, k_number, k_exist, 0, K, BK), dtype)
         b_v = as_operand(load_tokens(v, v_t * ALIGN, k_number, k_exist, column, V, BV), dtype)
-        d_y = (row + (by - k_y) * BY).to(tl.float32)[:, None] - row.to(tl.float32)[None, :]
-        d_x = (col + (bx - k_x) * BX).to(tl.float32)[:, None] - col.to(tl.float32)[None, :]
-        decays = exp2(log2 * (tl.abs(d_y) + tl.abs(d_x)))
-        if SEEN == BEFORE:
-            decays = tl.where(tl.minimum(d_y, d_x) >= 0, decays, 0.0)
-        elif SEEN == BEHIND:
-            decays = tl.where(tl.maximum(d_y, d_x) <= 0, decays, 0.0)
+        decays = block_decays(log2, by - k_y, bx - k_x, BY, BX, SEEN)
         weight = product(b_q, tl.trans(b_k), dtype) * decays
         out = add_product(out, operand(weight, dtype), b_v, dtype)
 

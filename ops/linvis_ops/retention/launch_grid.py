@@ -69,7 +69,7 @@ RULES: dict[tuple[int, int], dict[Size, GridRule]] = {
     (0, 0): {
         'small': GridRule(length=64),
         'large': GridRule(length=64),
-        'wide': GridRule(length=32),
+        'wide': GridRule(length=32, warps=8),
     },
 }
 # For bfloat16 whose rows are moved element by element or masked: two warps form no warpgroup.
