@@ -24,8 +24,8 @@ BEFORE = tl.constexpr(0)
 BEHIND = tl.constexpr(1)
 BOTH = tl.constexpr(2)
 _INTERPRETING = tl.constexpr(interpreting())
-# Elements of a state in one program of the mixture.
-MIX_ELEMENTS = 64
+# Elements of a state in one program of the mixture, for bfloat16 and for longer factors.
+MIX_ELEMENTS = (64, 16)
 
 
 @triton.jit
@@ -483,12 +483,13 @@ class Grid:
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         state = key_width * value_width
-        grid = (kinds * batch * heads * (tiles - 1), triton.cdiv(state, MIX_ELEMENTS))
+        block = MIX_ELEMENTS[0 if short else 1]
+        grid = (kinds * batch * heads * (tiles - 1), triton.cdiv(state, block))
         dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(x.dtype, tl.float32)
         retention_mix_kernel[grid](
             states, mixed, self.log_gamma, heads, tiles - 1, lines, other_tiles, other_length,
-            STATE=state, LINES=max(triton.next_power_of_2(other_length), 16), BLOCK=MIX_ELEMENTS,
-            SEEN=seen, ACROSS=vertical and other_tiles > 1, DTYPE=dtype, num_warps=4,
+            STATE=state, LINES=max(triton.next_power_of_2(other_length), 16), BLOCK=block,
+            SEEN=seen, ACROSS=vertical and other_tiles > 1, DTYPE=dtype, num_warps=2,
         )  # fmt: skip
         return mixed
 

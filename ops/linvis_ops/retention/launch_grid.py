@@ -68,8 +68,8 @@ Size = Literal['small', 'large', 'wide']
 RULES: dict[tuple[int, int], dict[Size, GridRule]] = {
     (0, 0): {
         'small': GridRule(length=64),
-        'large': GridRule(length=64),
-        'wide': GridRule(length=32, warps=8),
+        'large': GridRule(length=64, warps=8),
+        'wide': GridRule(length=32, warps=8, state_bytes=8192),
     },
 }
 # For bfloat16 whose rows are moved element by element or masked: two warps form no warpgroup.
