@@ -320,7 +320,7 @@ def launch_retention_grid(rule, of, dtype, key_width, value_width, *, bidirectio
 def test_retention_on_grids_compiles_once_for_all_batches_and_grids(kernels):
     from linvis_ops.retention.launch_grid import GridRule
 
-    rule = GridRule(length=16, at_once=16, side=16)
+    rule = GridRule(length=16, at_once=16, tile_rows=16, tile_columns=16)
     for batch, hw in ((1, (40, 30)), (2, (33, 64)), (3, (16, 16 * 16))):
         launch_retention_grid(
             rule, 'fwd', torch.bfloat16, 16, 16, bidirectional=False, hw=hw, batch=batch

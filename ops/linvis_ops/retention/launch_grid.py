@@ -8,9 +8,6 @@ from torch import Tensor
 
 from linvis_ops._chunks import LEAST, capability_of, power_of_two
 
-# Columns of a block of a grid that is wide and high enough.
-BLOCK_COLUMNS = 8
-
 
 @dataclass(frozen=True)
 class GridRule:
@@ -19,7 +16,9 @@ class GridRule:
     Attributes:
         length: Tokens of a block, a power of two of at least 16.
         at_once: Most tokens of a grid that is one tile, so that no state goes through memory.
-        side: Most rows and columns of a tile of larger grids, but for what makes tiles even.
+        columns: Columns of a block of a grid that is wide and high enough.
+        tile_rows: Rows of a tile of larger grids, but for what makes tiles even.
+        tile_columns: Columns of a tile of larger grids, likewise.
         warps: Warps of a program.
         stages: Steps of a loop whose loads are under way together, as `num_stages` of Triton.
         state_bytes: Most bytes of a state as a factor of products; wide values are cut into slices
@@ -28,7 +27,9 @@ class GridRule:
 
     length: int
     at_once: int = 1100
-    side: int = 40
+    columns: int = 8
+    tile_rows: int = 40
+    tile_columns: int = 40
     warps: int = 4
     stages: int = 2
     state_bytes: int = 16384
@@ -77,22 +78,24 @@ UNEVEN = GridRule(length=32, warps=2, state_bytes=4096)
 
 
 def _tile(steps: int, side: int, block: int) -> int:
-    """Steps of equal tiles, in whole blocks, of about `side` at most."""
+    """Steps of equal tiles, in whole blocks, of about as many as `side`."""
     tiles = max(round(steps / side), 1)
     return -(-steps // (tiles * block)) * block
 
 
 def launch_for(rows: int, columns: int, rule: GridRule) -> GridLaunch:
     """Division of a grid of so many rows, that of a class token included, and columns."""
-    block_columns = min(BLOCK_COLUMNS, power_of_two(columns, 1))
+    block_columns = min(rule.columns, power_of_two(columns, 1))
     block_columns = max(block_columns, rule.length // power_of_two(rows, 1))
     block_rows = rule.length // block_columns
-    side = max(rows, columns) if rows * columns <= rule.at_once else rule.side
+    high, wide = rule.tile_rows, rule.tile_columns
+    if rows * columns <= rule.at_once:
+        high, wide = rows, columns
     return GridLaunch(
         block_rows=block_rows,
         block_columns=block_columns,
-        tile_rows=_tile(rows, side, block_rows),
-        tile_columns=_tile(columns, side, block_columns),
+        tile_rows=_tile(rows, high, block_rows),
+        tile_columns=_tile(columns, wide, block_columns),
         warps=rule.warps,
         stages=rule.stages,
         state_bytes=rule.state_bytes,
