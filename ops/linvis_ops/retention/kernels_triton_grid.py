@@ -23,6 +23,7 @@ from linvis_ops.retention.launch_grid import GridLaunch, launch_for, rule_for
 BEFORE = tl.constexpr(0)
 BEHIND = tl.constexpr(1)
 BOTH = tl.constexpr(2)
+PAIR = True
 _INTERPRETING = tl.constexpr(interpreting())
 # Elements of a state in one program of the mixture, for bfloat16 and for longer factors.
 MIX_ELEMENTS = (64, 16)
@@ -248,7 +249,7 @@ def block_decays(
 
 @triton.jit
 def add_states(
-    out, b_q, states, first, lines, local, factor, column, dtype: tl.constexpr,
+    out, other_out, b_q, b_r, states, first, lines, local, factor, column, dtype: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +257,9 @@ def add_states(
 
     Args:
         out: (tokens, BV).
-        b_q: Queries, (tokens, BK), float32.
+        other_out: What other queries read of the states transposed, (tokens, BK).
+        b_q: Queries, (tokens, BK), an operand.
+        b_r: The other queries, (tokens, BV), or None.
         states: Of the tile, (.., K, V) or, TRANSPOSED, (.., V, K).
         first: First line of the block.
         lines: Lines of the block that exist; 0 where nothing enters.
@@ -272,7 +275,6 @@ def add_states(
     """
     i = tl.arange(0, BK)
     c = column + tl.arange(0, BV)
-    b_q *= factor[:, None]
     for line in range(lines):
         p = states + (first + line).to(tl.int64) * (K * V)
         if TRANSPOSED:
@@ -281,23 +283,29 @@ def add_states(
         else:
             inside = (i < K)[:, None] & (c < V)[None, :]
             state = tl.load(p + i[:, None] * V + c[None, :], mask=inside, other=0.0)
-        own = operand(tl.where((local == line)[:, None], b_q, 0.0), dtype)
-        out = add_product(out, own, as_operand(state, dtype), dtype)
-    return out
+        state = as_operand(state, dtype)
+        own = tl.where(local == line, factor, 0.0)[:, None]
+        out = add_product(out, operand(b_q.to(tl.float32) * own, dtype), state, dtype)
+        if b_r is not None:
+            b_s = operand(b_r.to(tl.float32) * own, dtype)
+            other_out = add_product(other_out, b_s, tl.trans(state), dtype)
+    return out, other_out
 
 
 @triton.jit(
     do_not_specialize=[
         'T', 'H', 'R', 'W', 'tile_rows', 'tile_columns', 'scale', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t',
-        'k_h', 'v_b', 'v_t', 'v_h',
+        'k_h', 'v_b', 'v_t', 'v_h', 'r_b', 'r_t', 'r_h',
     ]
 )  # fmt: skip
 def retention_block_kernel(
     q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
     k,
     v,  # (B, T, H, V)
+    r,  # (B, T, H, V) or None: queries for which v are the keys and k the values
     log_gamma,  # (H,), float32
     o,  # (B, T, H, V), contiguous
+    other_o,  # (B, T, H, K), contiguous, of r; or None
     of_columns,  # mixed states of columns, (1 or 2, B, H, tiles down - 1, W, K, V), or None
     of_rows,  # of rows, (1 or 2, B, H, tiles across - 1, rows, K, V), or None
     T,
@@ -307,7 +315,7 @@ def retention_block_kernel(
     tile_rows,  # in blocks
     tile_columns,
     scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, r_b, r_t, r_h,
     ALIGN: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -340,6 +348,10 @@ def retention_block_kernel(
     col = token % BX
     number, exist = tokens_at(by * BY + row, bx * BX + col, R, W, T)
     b_q = as_operand(load_tokens(q, q_t * ALIGN, number, exist, 0, K, BK), dtype)
+    b_r = None
+    if r is not None:
+        r += (batch * r_b + h * r_h) * ALIGN
+        b_r = as_operand(load_tokens(r, r_t * ALIGN, number, exist, column, V, BV), dtype)
 
     # blocks of the tile that are seen: those of a rectangle, and that of the class token
     first_y = ty * tile_rows
@@ -357,6 +369,7 @@ def retention_block_kernel(
     wide = last_x - first_x
     count = tl.maximum(last_y - first_y, 0) * wide
     out = tl.zeros((BY * BX, BV), tl.float32)
+    other_out = tl.zeros((BY * BX, BK), tl.float32)
     for i in range(count + more):
         k_y = tl.where(i < count, first_y + i // wide, down)
         k_x = tl.where(i < count, first_x + i % wide, across - 1)
@@ -366,19 +379,21 @@ def retention_block_kernel(
         decays = block_decays(log2, by - k_y, bx - k_x, BY, BX, SEEN)
         weight = product(b_q, tl.trans(b_k), dtype) * decays
         out = add_product(out, operand(weight, dtype), b_v, dtype)
+        if r is not None:
+            weight = product(b_r, tl.trans(b_v), dtype) * decays
+            other_out = add_product(other_out, operand(weight, dtype), b_k, dtype)
 
     heads = tl.num_programs(0).to(tl.int64) // (down * across + extra)  # of all sequences
     index = batch * H + h
     if of_columns is not None:
         tiles = tl.cdiv(down + extra, tile_rows)
         at = index * (tiles - 1)
-        q_now = b_q.to(tl.float32)
         lines = tl.minimum(W - bx * BX, BX)
         if SEEN != BEHIND:
             p = of_columns + (at + ty - 1) * W * (K * V)
             edge = (ty * tile_rows) * BY - 1
-            out = add_states(
-                out, q_now, p, bx * BX, tl.where(ty > 0, lines, 0), col,
+            out, other_out = add_states(
+                out, other_out, b_q, b_r, p, bx * BX, tl.where(ty > 0, lines, 0), col,
                 decay(log2, by * BY + row - edge), column, dtype, K, V, BK, BV, TRANSPOSED,
             )  # fmt: skip
         if SEEN != BEFORE:
@@ -386,20 +401,19 @@ def retention_block_kernel(
                 at += heads * (tiles - 1)
             p = of_columns + (at + ty) * W * (K * V)
             edge = (ty + 1) * tile_rows * BY
-            out = add_states(
-                out, q_now, p, bx * BX, tl.where(ty < tiles - 1, lines, 0), col,
+            out, other_out = add_states(
+                out, other_out, b_q, b_r, p, bx * BX, tl.where(ty < tiles - 1, lines, 0), col,
                 decay(log2, edge - by * BY - row), column, dtype, K, V, BK, BV, TRANSPOSED,
             )  # fmt: skip
     if of_rows is not None:
         tiles = tl.cdiv(across, tile_columns)
         at = index * (tiles - 1)
-        q_now = b_q.to(tl.float32)
         lines = tl.minimum(rows - by * BY, BY)
         if SEEN != BEHIND:
             p = of_rows + (at + tx - 1) * rows * (K * V)
             edge = (tx * tile_columns) * BX - 1
-            out = add_states(
-                out, q_now, p, by * BY, tl.where(tx > 0, lines, 0), row,
+            out, other_out = add_states(
+                out, other_out, b_q, b_r, p, by * BY, tl.where(tx > 0, lines, 0), row,
                 decay(log2, bx * BX + col - edge), column, dtype, K, V, BK, BV, TRANSPOSED,
             )  # fmt: skip
         if SEEN != BEFORE:
@@ -407,14 +421,18 @@ def retention_block_kernel(
                 at += heads * (tiles - 1)
             p = of_rows + (at + tx) * rows * (K * V)
             edge = (tx + 1) * tile_columns * BX
-            out = add_states(
-                out, q_now, p, by * BY, tl.where(tx < tiles - 1, lines, 0), row,
+            out, other_out = add_states(
+                out, other_out, b_q, b_r, p, by * BY, tl.where(tx < tiles - 1, lines, 0), row,
                 decay(log2, edge - bx * BX - col), column, dtype, K, V, BK, BV, TRANSPOSED,
             )  # fmt: skip
 
     c = column + tl.arange(0, BV)[None, :]
     o += ((batch * T + number) * H + h)[:, None] * V + c
     tl.store(o, cast(out * scale, o), mask=exist[:, None] & (c < V))
+    if r is not None:
+        c = tl.arange(0, BK)[None, :]
+        other_o += ((batch * T + number) * H + h)[:, None] * K + c
+        tl.store(other_o, cast(other_out * scale, other_o), mask=exist[:, None] & (c < K))
 
 
 class Grid:
@@ -474,7 +492,7 @@ class Grid:
         states, mixed = (
             x.new_empty(shape, dtype=torch.bfloat16 if short else torch.float32) for _ in range(2)
         )
-        bk, bv = launch.widths(key_width, value_width, 2 if short else 4)
+        bk, bv = launch.widths(key_width, value_width, x.dtype)
         seen = self.seen(reverse)
         retention_line_kernel[(batch * heads * lines, triton.cdiv(value_width, bv), kinds)](
             x, y, self.log_gamma, states, self.tokens, heads, self.rows, self.columns, tiles,
@@ -501,24 +519,24 @@ class Grid:
         *,
         reverse: bool = False,
         transposed: bool = False,
-    ) -> Tensor:
-        """Retention of queries, keys and values."""
-        launch, (q, _k, v) = self.launch, tokens.tensors
+    ) -> tuple[Tensor, Tensor | None]:
+        """Retention of queries, keys and values, and of other queries with these two exchanged."""
+        launch, (q, k, v, *r) = self.launch, tokens.tensors
         batch, _, heads, key_width = q.shape
         value_width = v.shape[-1]
-        o = v.new_empty(v.shape)
-        bk, bv = launch.widths(key_width, value_width, 2 if q.dtype == torch.bfloat16 else 4)
+        o, other_o = v.new_empty(v.shape), k.new_empty(k.shape) if r else None
+        bk, bv = launch.widths(key_width, value_width, q.dtype)
         by, bx = launch.block_rows, launch.block_columns
         blocks = -(-self.rows // by) * -(-self.columns // bx)
         blocks += -(-self.all_rows // by) - -(-self.rows // by)
         retention_block_kernel[(batch * heads * blocks, triton.cdiv(value_width, bv))](
-            *tokens.tensors, self.log_gamma, o, *states, self.tokens, heads, self.rows,
-            self.columns, launch.tile_rows // by, launch.tile_columns // bx, scale,
-            *tokens.strides, ALIGN=tokens.align, K=key_width, V=value_width, BY=by, BX=bx, BK=bk,
+            q, k, v, r[0] if r else None, self.log_gamma, o, other_o, *states, self.tokens, heads,
+            self.rows, self.columns, launch.tile_rows // by, launch.tile_columns // bx, scale,
+            *tokens.strides, *(() if r else (0, 0, 0)), ALIGN=tokens.align, K=key_width, V=value_width, BY=by, BX=bx, BK=bk,
             BV=bv, SEEN=self.seen(reverse), TRANSPOSED=transposed, num_warps=launch.warps,
             num_stages=launch.stages,
         )  # fmt: skip
-        return o
+        return o, other_o
 
 
 def _some(rows: Rows, *numbers: int) -> Rows:
@@ -554,7 +572,8 @@ def retention_forward(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with on_device(v):
         states = grid.states(_some(rows, 1, 2), reverse=False)
-        return grid.out(rows, states, scale)
+        o, _ = grid.out(rows, states, scale)
+    return o
 
 
 def retention_backward(
@@ -574,8 +593,13 @@ def retention_backward(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with on_device(v):
         states = grid.states(_some(rows, 1, 2), reverse=False)
-        dq = grid.out(_some(rows, 3, 2, 1), states, scale, transposed=True)
+        dq, _ = grid.out(_some(rows, 3, 2, 1), states, scale, transposed=True)
         states = grid.states(_some(rows, 0, 3), reverse=True)
-        dk = grid.out(_some(rows, 2, 3, 0), states, scale, reverse=True, transposed=True)
-        dv = grid.out(_some(rows, 1, 0, 3), states, scale, reverse=True)
+        of_keys = {'states': states, 'scale': scale, 'reverse': True}
+        _, values = grid.launch.widths(v.shape[-1], q.shape[-1], q.dtype)
+        if values >= q.shape[-1] and PAIR:
+            dk, dv = grid.out(_some(rows, 2, 3, 0, 1), **of_keys, transposed=True)
+        else:
+            dk, _ = grid.out(_some(rows, 2, 3, 0), **of_keys, transposed=True)
+            dv, _ = grid.out(_some(rows, 1, 0, 3), **of_keys)
     return dq, dk, dv

@@ -57,10 +57,11 @@ class GridLaunch:
     stages: int = 2
     state_bytes: int = 16384
 
-    def widths(self, keys: int, values: int, itemsize: int) -> tuple[int, int]:
-        """Key and value channels of a tile of channels, for so wide heads."""
+    def widths(self, keys: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Key and value channels that a program takes of heads so wide."""
         keys, values = power_of_two(keys), power_of_two(values)
-        return keys, min(values, max(self.state_bytes // (keys * itemsize), LEAST))
+        size = 2 if dtype == torch.bfloat16 else 4  # of a factor of products
+        return keys, min(values, max(self.state_bytes // (keys * size), LEAST))
 
 
 Size = Literal['small', 'large', 'wide']
