@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.passes import PASSES, Copies, Function
-from benchmarks.registry import OPERATORS, elements, named, tokens
+from benchmarks.passes import PASSES, Copies, Function, tokens
+from benchmarks.registry import OPERATORS, elements, named
 from benchmarks.rivals import (
     FLA_GLA_TWICE,
     FLA_RETENTION,
