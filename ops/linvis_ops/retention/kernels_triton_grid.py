@@ -33,39 +33,26 @@ MIX_ELEMENTS = (64, 16)
 
 
 @triton.jit
-def to_edges(log2, local, blocks, B: tl.constexpr):
-    """Decays whose products are those between tokens of two blocks, as many blocks further.
-
-    Of queries, with that from edge to edge, and of keys.
-    """
-    last = B - 1 - local
-    between = log2 * ((tl.abs(blocks) - 1) * B + 1).to(tl.float32)
-    query = tl.where(blocks > 0, local, last)
-    key = tl.where(blocks > 0, last, local)
-    return exp2(log2 * query.to(tl.float32) + between), exp2(log2 * key.to(tl.float32))
+def steps_to_edge(local, ahead, B: tl.constexpr):
+    """Steps from each of B steps to the edge of its block, the last one if ahead, or the first."""
+    return tl.where(ahead, B - 1 - local, local)
 
 
 @triton.jit
-def block_decays(
+def near_decays(
     log2, d_y, d_x, BY: tl.constexpr, BX: tl.constexpr, SEEN: tl.constexpr
 ):  # fmt: skip
     """Decays between the tokens of two blocks, [query, key]; the first is d_y, d_x further."""
     token = tl.arange(0, BY * BX)
     row = token // BX
     col = token % BX
-    if (d_y != 0) & (d_x != 0):
-        # no exponential for each pair
-        query_y, key_y = to_edges(log2, row, d_y, BY)
-        query_x, key_x = to_edges(log2, col, d_x, BX)
-        decays = (query_y * query_x)[:, None] * (key_y * key_x)[None, :]
-    else:
-        y = (row + d_y * BY).to(tl.float32)[:, None] - row.to(tl.float32)[None, :]
-        x = (col + d_x * BX).to(tl.float32)[:, None] - col.to(tl.float32)[None, :]
-        decays = exp2(log2 * (tl.abs(y) + tl.abs(x)))
-        if SEEN == BEFORE:
-            decays = tl.where(tl.minimum(y, x) >= 0, decays, 0.0)
-        elif SEEN == BEHIND:
-            decays = tl.where(tl.maximum(y, x) <= 0, decays, 0.0)
+    y = (row + d_y * BY).to(tl.float32)[:, None] - row.to(tl.float32)[None, :]
+    x = (col + d_x * BX).to(tl.float32)[:, None] - col.to(tl.float32)[None, :]
+    decays = exp2(log2 * (tl.abs(y) + tl.abs(x)))
+    if SEEN == BEFORE:
+        decays = tl.where(tl.minimum(y, x) >= 0, decays, 0.0)
+    elif SEEN == BEHIND:
+        decays = tl.where(tl.maximum(y, x) <= 0, decays, 0.0)
     return decays
 
 
@@ -192,13 +179,30 @@ def retention_block_kernel(
     count = tl.maximum(last_y - first_y, 0) * wide
     out = tl.zeros((BY * BX, BV), tl.float32)
     other_out = tl.zeros((BY * BX, BK), tl.float32)
+    behind = SEEN == BEHIND
+    of_q = decay(log2, steps_to_edge(row, behind, BY) + steps_to_edge(col, behind, BX))
+    of_k = decay(log2, steps_to_edge(row, not behind, BY) + steps_to_edge(col, not behind, BX))
     for i in range(count + more):
         k_y = tl.where(i < count, first_y + i // wide, down)
         k_x = tl.where(i < count, first_x + i % wide, across - 1)
         k_number, k_exist = tokens_at(k_y * BY + row, k_x * BX + col, R, W, T)
         b_k = as_operand(load_tokens(k, k_t * ALIGN, k_number, k_exist, 0, K, BK), dtype)
         b_v = as_operand(load_tokens(v, v_t * ALIGN, k_number, k_exist, column, V, BV), dtype)
-        decays = block_decays(log2, by - k_y, bx - k_x, BY, BX, SEEN)
+        d_y = by - k_y
+        d_x = bx - k_x
+        if (d_y != 0) & (d_x != 0):
+            # from edge to edge, and from tokens to the edges: no exponential for each pair
+            if SEEN == BOTH:
+                of_q = decay(
+                    log2, steps_to_edge(row, d_y < 0, BY) + steps_to_edge(col, d_x < 0, BX)
+                )
+                of_k = decay(
+                    log2, steps_to_edge(row, d_y > 0, BY) + steps_to_edge(col, d_x > 0, BX)
+                )
+            steps = (tl.abs(d_y) - 1) * BY + (tl.abs(d_x) - 1) * BX + 2
+            decays = (of_q * decay(log2, steps))[:, None] * of_k[None, :]
+        else:
+            decays = near_decays(log2, d_y, d_x, BY, BX, SEEN)
         weight = product(b_q, tl.trans(b_k), dtype) * decays
         out = add_product(out, operand(weight, dtype), b_v, dtype)
         if r is not None:
