@@ -27,7 +27,6 @@ from linvis_ops.retention.kernels_triton_grid_states import (
 from linvis_ops.retention.launch import is_even
 from linvis_ops.retention.launch_grid import GridLaunch, launch_for, rule_for
 
-PAIR = True
 # Elements of a state in one program of the mixture, for bfloat16 and for longer factors.
 MIX_ELEMENTS = (64, 16)
 
@@ -57,48 +56,69 @@ def near_decays(
 
 
 @triton.jit
-def add_states(
-    out, other_out, b_q, b_r, states, first, lines, local, factor, column, dtype: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+def read_states(
+    p_q, stride, states, y, x, R, W, T, lines, edge, log2, column, dtype: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the tokens of a block read of the states of their lines.
+    """What the tokens of a block read of the states of their lines, (tokens, BV).
 
     Args:
-        out: (tokens, BV).
-        other_out: What other queries read of the states transposed, (tokens, BK).
-        b_q: Queries, (tokens, BK), an operand.
-        b_r: The other queries, (tokens, BV), or None.
-        states: Of the tile, (.., K, V) or, TRANSPOSED, (.., V, K).
-        first: First line of the block.
-        lines: Lines of the block that exist; 0 where nothing enters.
-        local: Line of each token, counted from the first.
-        factor: Decay of each token from the edge of the tile.
+        p_q: Queries of one head, (T, K).
+        stride: Of tokens.
+        states: Of the first line of the block, (.., K, V) or, TRANSPOSED, (.., V, K).
+        y: First row of the block.
+        x: First column of the block.
+        R: Rows.
+        W: Columns.
+        T: Tokens.
+        lines: Lines of the block that exist.
+        edge: Place along the lines up to which states are decayed.
+        log2: As `load_log2` gives it.
         column: First value channel.
         dtype: Of the products.
         K: Key channels.
         V: Value channels.
+        BY: Rows of the block.
+        BX: Columns of the block.
         BK: Key channels of a tile.
         BV: Value channels of a tile.
+        ROWS: Lines are rows.
         TRANSPOSED: See states.
     """
-    i = tl.arange(0, BK)
+    # a product for each line; keys in parts, since there is a state for each line
+    PART: tl.constexpr = 16
+    N: tl.constexpr = BY if ROWS else BX
+    M: tl.constexpr = BX if ROWS else BY
+    line = tl.arange(0, N)
+    step = tl.arange(0, M)
+    if ROWS:
+        number, exist = tokens_at(y + line[:, None], x + step[None, :], R, W, T)
+        distance = x + step - edge
+    else:
+        number, exist = tokens_at(y + step[None, :], x + line[:, None], R, W, T)
+        distance = y + step - edge
+    factor = decay(log2, distance)[None, :, None]
+    p_q += (number * stride)[:, :, None]
+    states += line[:, None, None] * (K * V)
     c = column + tl.arange(0, BV)
-    for line in range(lines):
-        p = states + (first + line).to(tl.int64) * (K * V)
+    out = tl.zeros((N, M, BV), tl.float32)
+    for part in range(BK // PART):
+        i = part * PART + tl.arange(0, PART)
+        inside = exist[:, :, None] & (i < K)[None, None, :]
+        b_q = tl.load(p_q + i[None, None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = (line < lines)[:, None, None]
         if TRANSPOSED:
-            inside = (c < V)[:, None] & (i < K)[None, :]
-            state = tl.trans(tl.load(p + c[:, None] * K + i[None, :], mask=inside, other=0.0))
+            inside = inside & (c < V)[None, :, None] & (i < K)[None, None, :]
+            state = tl.load(states + c[None, :, None] * K + i[None, None, :], inside, other=0.0)
+            state = tl.permute(state, (0, 2, 1))
         else:
-            inside = (i < K)[:, None] & (c < V)[None, :]
-            state = tl.load(p + i[:, None] * V + c[None, :], mask=inside, other=0.0)
-        state = as_operand(state, dtype)
-        own = tl.where(local == line, factor, 0.0)[:, None]
-        out = add_product(out, operand(b_q.to(tl.float32) * own, dtype), state, dtype)
-        if b_r is not None:
-            b_s = operand(b_r.to(tl.float32) * own, dtype)
-            other_out = add_product(other_out, b_s, tl.trans(state), dtype)
-    return out, other_out
+            inside = inside & (i < K)[None, :, None] & (c < V)[None, None, :]
+            state = tl.load(states + i[None, :, None] * V + c[None, None, :], inside, other=0.0)
+        out = add_product(out, operand(b_q * factor, dtype), as_operand(state, dtype), dtype)
+    if not ROWS:
+        out = tl.permute(out, (1, 0, 2))
+    return tl.reshape(out, (BY * BX, BV))
 
 
 @triton.jit(
@@ -210,47 +230,42 @@ def retention_block_kernel(
             other_out = add_product(other_out, operand(weight, dtype), b_k, dtype)
 
     heads = tl.num_programs(0).to(tl.int64) // (down * across + extra)  # of all sequences
-    index = batch * H + h
+    FIRST_SIDE: tl.constexpr = 1 if SEEN == BEHIND else 0
+    LAST_SIDE: tl.constexpr = 0 if SEEN == BEFORE else 1
     if of_columns is not None:
         tiles = tl.cdiv(down + extra, tile_rows)
-        at = index * (tiles - 1)
-        lines = tl.minimum(W - bx * BX, BX)
-        if SEEN != BEHIND:
-            p = of_columns + (at + ty - 1) * W * (K * V)
-            edge = (ty * tile_rows) * BY - 1
-            out, other_out = add_states(
-                out, other_out, b_q, b_r, p, bx * BX, tl.where(ty > 0, lines, 0), col,
-                decay(log2, by * BY + row - edge), column, dtype, K, V, BK, BV, TRANSPOSED,
-            )  # fmt: skip
-        if SEEN != BEFORE:
-            if SEEN == BOTH:
-                at += heads * (tiles - 1)
-            p = of_columns + (at + ty) * W * (K * V)
-            edge = (ty + 1) * tile_rows * BY
-            out, other_out = add_states(
-                out, other_out, b_q, b_r, p, bx * BX, tl.where(ty < tiles - 1, lines, 0), col,
-                decay(log2, edge - by * BY - row), column, dtype, K, V, BK, BV, TRANSPOSED,
-            )  # fmt: skip
+        for side in range(FIRST_SIDE, LAST_SIDE + 1):
+            if (side == 0) & (ty > 0) | (side == 1) & (ty < tiles - 1):
+                # kinds, sequences, heads, tiles, lines
+                kind = (side - FIRST_SIDE) * heads + batch * H + h
+                p = of_columns + ((kind * (tiles - 1) + ty - 1 + side) * W + bx * BX) * (K * V)
+                edge = (ty + side) * tile_rows * BY - 1 + side
+                out += read_states(
+                    q, q_t * ALIGN, p, by * BY, bx * BX, R, W, T, W - bx * BX, edge, log2,
+                    column, dtype, K, V, BY, BX, BK, BV, False, TRANSPOSED,
+                )  # fmt: skip
+                if r is not None:
+                    other_out += read_states(
+                        r, r_t * ALIGN, p, by * BY, bx * BX, R, W, T, W - bx * BX, edge,
+                        log2, 0, dtype, V, K, BY, BX, BV, BK, False, not TRANSPOSED,
+                    )  # fmt: skip
     if of_rows is not None:
         tiles = tl.cdiv(across, tile_columns)
-        at = index * (tiles - 1)
-        lines = tl.minimum(rows - by * BY, BY)
-        if SEEN != BEHIND:
-            p = of_rows + (at + tx - 1) * rows * (K * V)
-            edge = (tx * tile_columns) * BX - 1
-            out, other_out = add_states(
-                out, other_out, b_q, b_r, p, by * BY, tl.where(tx > 0, lines, 0), row,
-                decay(log2, bx * BX + col - edge), column, dtype, K, V, BK, BV, TRANSPOSED,
-            )  # fmt: skip
-        if SEEN != BEFORE:
-            if SEEN == BOTH:
-                at += heads * (tiles - 1)
-            p = of_rows + (at + tx) * rows * (K * V)
-            edge = (tx + 1) * tile_columns * BX
-            out, other_out = add_states(
-                out, other_out, b_q, b_r, p, by * BY, tl.where(tx < tiles - 1, lines, 0), row,
-                decay(log2, edge - bx * BX - col), column, dtype, K, V, BK, BV, TRANSPOSED,
-            )  # fmt: skip
+        for side in range(FIRST_SIDE, LAST_SIDE + 1):
+            if (side == 0) & (tx > 0) | (side == 1) & (tx < tiles - 1):
+                # kinds, sequences, heads, tiles, lines
+                kind = (side - FIRST_SIDE) * heads + batch * H + h
+                p = of_rows + ((kind * (tiles - 1) + tx - 1 + side) * rows + by * BY) * (K * V)
+                edge = (tx + side) * tile_columns * BX - 1 + side
+                out += read_states(
+                    q, q_t * ALIGN, p, by * BY, bx * BX, R, W, T, rows - by * BY, edge, log2,
+                    column, dtype, K, V, BY, BX, BK, BV, True, TRANSPOSED,
+                )  # fmt: skip
+                if r is not None:
+                    other_out += read_states(
+                        r, r_t * ALIGN, p, by * BY, bx * BX, R, W, T, rows - by * BY, edge,
+                        log2, 0, dtype, V, K, BY, BX, BV, BK, True, not TRANSPOSED,
+                    )  # fmt: skip
 
     c = column + tl.arange(0, BV)[None, :]
     o += ((batch * T + number) * H + h)[:, None] * V + c
@@ -422,7 +437,7 @@ def retention_backward(
         (dq,) = grid.out(_some(rows, 3, 2, 1), states, scale, transposed=True)
         states = grid.states(_some(rows, 0, 3), reverse=True)
         _, values = grid.launch.widths(v.shape[-1], q.shape[-1], q.dtype)
-        if values >= q.shape[-1] and PAIR:
+        if values >= q.shape[-1] and not (bidirectional and max(grid.tiles) > 1):
             dk, dv = grid.out(_some(rows, 2, 3, 0, 1), states, scale, reverse=True, transposed=True)
         else:
             (dk,) = grid.out(_some(rows, 2, 3, 0), states, scale, reverse=True, transposed=True)
