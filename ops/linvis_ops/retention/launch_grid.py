@@ -71,7 +71,8 @@ RULES: dict[tuple[int, int], dict[Size, GridRule]] = {
     (0, 0): {
         'small': GridRule(length=64),
         'large': GridRule(length=64, warps=8),
-        'wide': GridRule(length=32, warps=8, state_bytes=8192),
+        # lines of tiles of up to 32 rows and columns: longer ones spill registers
+        'wide': GridRule(length=32, tile_rows=24, tile_columns=24, warps=8, state_bytes=8192),
     },
 }
 # For bfloat16 whose rows are moved element by element or masked: two warps form no warpgroup.
