@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.passes import PASSES, Runnable, Shape
-from benchmarks.registry import Operator, elements, tokens
+from benchmarks.passes import PASSES, Runnable, Shape, tokens
+from benchmarks.registry import Operator, elements
 from benchmarks.results import Row, shape_text
 from benchmarks.rivals import Rival, UnavailableError
 from benchmarks.timing import MIB, Timer, Timing

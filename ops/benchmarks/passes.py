@@ -14,6 +14,11 @@ Shape = dict[str, int]  # size by axis
 Outputs = Tensor | tuple[Tensor, ...]
 
 
+def tokens(shape: Shape) -> int:
+    """T of a shape."""
+    return shape['T'] if 'T' in shape else shape['rows'] * shape['columns']
+
+
 class Call:
     """Something to time.
 

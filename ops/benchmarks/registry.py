@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import linvis_ops
-from benchmarks.passes import Function, Shape
+from benchmarks.passes import Function, Shape, tokens
 from benchmarks.rivals import (
     COPY,
     FLA_GLA_STACKED,
@@ -37,7 +37,7 @@ class Operator:
     """One operator to measure.
 
     Attributes:
-        name: Name in linvis_ops, of the public function and of its backends.
+        name: Name of the entry.
         axes: Letters of a shape, in order.
         shapes: Shapes of real networks.
         inputs: Makes the inputs from shape, dtype and device; those that require gradients get
@@ -48,6 +48,8 @@ class Operator:
             inputs.
         rivals: What it is measured beside.
         dtypes: Names of the dtypes that are measured unless others are asked for.
+        public: Name in linvis_ops, of the public function and of its backends; None: that of the
+            entry.
     """
 
     name: str
@@ -58,6 +60,12 @@ class Operator:
     arguments: Callable[[Inputs, Shape], tuple[Any, ...]] = lambda inputs, _shape: inputs
     rivals: tuple[Rival, ...] = (COPY,)
     dtypes: tuple[str, ...] = ('bfloat16', 'float32')
+    public: str | None = None
+
+    @property
+    def function(self) -> str:
+        """Name of the public function and of its backends."""
+        return self.public or self.name
 
     def shape(self, sizes: Sequence[int]) -> Shape:
         """Name the sizes of a shape by their axes."""
@@ -72,37 +80,34 @@ class Operator:
         """Our implementation on one backend, with inputs."""
         inputs = self.inputs(shape, dtype, device)
         arguments = self.arguments(inputs, shape)
-        function = getattr(linvis_ops, self.name)
+        function = getattr(linvis_ops, self.function)
         with_gradient = tuple(t for t in inputs if t.requires_grad)
         return Function(lambda: function(*arguments, backend=backend), with_gradient)
 
     def missing(self) -> str | None:
         """Why it cannot be measured with the linvis_ops that is imported, or None."""
-        if hasattr(linvis_ops, self.name) and self.name in linvis_ops.operators():
+        if hasattr(linvis_ops, self.function) and self.function in linvis_ops.operators():
             return None
-        return f'linvis_ops has no operator {self.name}'
+        return f'linvis_ops has no operator {self.function}'
 
     def backends(self) -> tuple[str, ...]:
         """Names of our implementations, the preferred one first and the definition last."""
-        return tuple(linvis_ops.available_backends(self.name))
+        return tuple(linvis_ops.available_backends(self.function))
 
     def test_files(self) -> tuple[str, ...]:
         """The tests that have to pass first, relative to the top of the checkout."""
         # test_<operator>.py and test_<operator>_<topic>.py, not those of a longer name of another
-        others = [name for name in linvis_ops.operators() if name.startswith(f'{self.name}_')]
-        stems = [path.stem for path in sorted((ROOT / 'tests/ops').glob(f'test_{self.name}*.py'))]
+        others = [name for name in linvis_ops.operators() if name.startswith(f'{self.function}_')]
+        stems = [
+            path.stem for path in sorted((ROOT / 'tests/ops').glob(f'test_{self.function}*.py'))
+        ]
         mine = (
             stem
             for stem in stems
-            if f'{stem}_'.startswith(f'test_{self.name}_')
+            if f'{stem}_'.startswith(f'test_{self.function}_')
             and not stem.startswith(tuple(f'test_{other}' for other in others))
         )
         return *(f'tests/ops/{stem}.py' for stem in mine), *SHARED_TESTS
-
-
-def tokens(shape: Shape) -> int:
-    """T of a shape."""
-    return shape['T'] if 'T' in shape else shape['rows'] * shape['columns']
 
 
 def elements(shape: Shape) -> int:
@@ -136,10 +141,31 @@ def gla_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
 
 def retention_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
     """Least traffic of retention; the decays of the heads are small."""
-    size = shape['B'] * shape['T'] * shape['H'] * itemsize
+    size = shape['B'] * tokens(shape) * shape['H'] * itemsize
     keys, values = shape['K'], shape['V']
     # q, k, v, o; q, k, v again, the gradient by o, one gradient of each input
     return size * (2 * keys + 2 * values), size * (4 * keys + 3 * values)
+
+
+def retention_on_grids(direction: str) -> Operator:
+    """Retention on grids, in one direction."""
+    return Operator(
+        name=f'retention_2d_{direction}',
+        public='retention',
+        axes=('B', 'rows', 'columns', 'H', 'K', 'V'),
+        shapes=(
+            (128, 14, 14, 6, 64, 64),
+            (64, 32, 32, 6, 64, 64),
+            (16, 64, 64, 12, 64, 64),
+            (4, 128, 128, 6, 64, 64),
+        ),
+        inputs=lambda s, dtype, device: testing.retention_inputs(
+            s['B'], tokens(s), s['H'], s['K'], s['V'], dtype, device
+        ),
+        arguments=lambda inputs, s: (*inputs, (s['rows'], s['columns']), direction),
+        traffic=retention_traffic,
+        rivals=(*SDPA, COPY),
+    )
 
 
 def token_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
@@ -206,6 +232,8 @@ OPERATORS = (
         traffic=retention_traffic,
         rivals=(*SDPA, FLA_RETENTION, COPY),
     ),
+    retention_on_grids('causal'),
+    retention_on_grids('bidirectional'),
     Operator(
         name='q_shift',
         axes=('B', 'rows', 'columns', 'C'),

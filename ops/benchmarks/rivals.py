@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.passes import Copies, Function, Runnable, Shape
+from benchmarks.passes import Copies, Function, Runnable, Shape, tokens
 from linvis_ops.testing import bi_gla_inputs, retention_inputs
 
 HEAD_WIDTH = 64
@@ -63,7 +63,7 @@ def sdpa(name: str, backend: SDPBackend) -> Rival:
         if channels % HEAD_WIDTH:
             raise UnavailableError(f'{channels} channels are no multiple of {HEAD_WIDTH}')
         heads = channels // HEAD_WIDTH
-        size = (shape['B'], shape['T'], heads, HEAD_WIDTH)
+        size = (shape['B'], tokens(shape), heads, HEAD_WIDTH)
         q, k, v = (torch.randn(size, dtype=dtype, device=device).requires_grad_() for _ in range(3))
 
         def forward() -> Tensor:

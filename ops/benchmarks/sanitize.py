@@ -33,6 +33,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     'q_shift': ((2, 14, 14, 192),),
     'q_shift_mix': ((2, 14, 14, 192),),
     'retention': ((2, 197, 2, 64, 64), (1, 600, 2, 64, 64)),
+    'retention_2d_causal': ((1, 14, 14, 2, 64, 64), (1, 37, 40, 1, 64, 64)),
+    'retention_2d_bidirectional': ((1, 14, 14, 2, 64, 64), (1, 37, 40, 1, 64, 64)),
 }
 KERNELS = ('triton', 'cuda')
 DTYPES = (torch.bfloat16, torch.float32)
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 def launch(names: Sequence[str]) -> None:
     """Both passes of all kernels of some operators."""
     for operator in named(names):
-        backends = linvis_ops.available_backends(operator.name)
+        backends = linvis_ops.available_backends(operator.function)
         for backend in KERNELS:
             if backends.get(backend, 'there is no such backend') is not None:
                 continue

@@ -87,9 +87,14 @@ def _capability_and_processors(device: torch.device) -> tuple[tuple[int, int], i
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def _power_of_two(size: int) -> int:
-    """The least power of two that a tile of `size` channels takes."""
-    return max(1 << (size - 1).bit_length(), LEAST)
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device, (0, 0) if it has none."""
+    return _capability_and_processors(device)[0]
+
+
+def power_of_two(size: int, least: int = LEAST) -> int:
+    """The least power of two that is neither below `size` nor below `least`."""
+    return max(1 << (size - 1).bit_length(), least)
 
 
 def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | None) -> Launch:
@@ -104,13 +109,13 @@ def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | No
     """
     capability, processors = _capability_and_processors(q.device)
     batch, tokens, heads, key_width = q.shape
-    keys, values = _power_of_two(key_width), _power_of_two(v.shape[-1])
+    keys, values = power_of_two(key_width), power_of_two(v.shape[-1])
     short = q.dtype == torch.bfloat16
     sizes = ('wide', 'large', 'small')
     size = sizes[short + (max(keys, values) <= 64)]
     rule = rule or rules.get(capability, rules[0, 0])[of, size]
     most_values = rule.state_bytes // (keys * (2 if short else 4))
-    length = min(rule.length, _power_of_two(tokens))
+    length = min(rule.length, power_of_two(tokens))
     chunks = -(-tokens // length)
     if tokens <= rule.at_once:
         segment = chunks

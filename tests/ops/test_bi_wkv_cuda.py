@@ -311,10 +311,14 @@ def test_the_streaming_kernels_are_not_for_tensors_on_a_cpu(backward):
 
 
 @backward_too
-def test_these_kernels_lead_where_they_stream(device, backward):
+def test_these_kernels_lead_where_they_stream_on_gpus_that_were_measured(
+    device, backward, monkeypatch
+):
     short, long = (tokens_on_gpu(1, n, 32) for n in (20, 200))
-    assert not cuda.leads(short, short, None, None, *[short] * backward)
-    assert cuda.leads(long, long, None, None, *[long] * backward)
+    for capability, leads in (((9, 0), True), ((8, 0), False)):
+        monkeypatch.setattr('torch.cuda.get_device_capability', lambda _, c=capability: c)
+        assert not cuda.leads(short, short, None, None, *[short] * backward)
+        assert cuda.leads(long, long, None, None, *[long] * backward) is leads
 
 
 @pytest.mark.parametrize('taken', [True, False])

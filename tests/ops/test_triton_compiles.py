@@ -315,3 +315,68 @@ def test_retention_forms_no_warpgroups_of_uneven_rows(kernels, uneven):
     retention_backward(v, q, k, v, log_gamma, True)
     assert len(kernels) == 3
     assert not any('wgmma' in kernel.asm['ptx'] for _, kernel in kernels)
+
+
+def launch_retention_grid(rule, of, dtype, key_width, value_width, *, bidirectional, hw, batch=1):
+    """One pass over a grid with a class token, divided by a rule."""
+    from linvis_ops.retention import kernels_triton_grid
+    from linvis_ops.retention.launch_grid import launch_for
+
+    rows, columns = hw
+    inputs = retention_inputs(batch, rows * columns + 1, 2, key_width, value_width, dtype)
+    q, k, v, log_gamma = detached(inputs)
+    division = launch_for(rows + 1, columns, rule) if rule else None
+    rest = (q, k, v, log_gamma, columns, bidirectional, None, division)
+    if of == 'fwd':
+        kernels_triton_grid.retention_forward(*rest)
+    else:
+        kernels_triton_grid.retention_backward(v, *rest)
+
+
+def test_retention_on_grids_compiles_once_for_all_batches_and_grids(kernels):
+    from linvis_ops.retention.launch_grid import GridRule
+
+    rule = GridRule(length=16, at_once=16, tile_rows=16, tile_columns=16)
+    for batch, hw in ((1, (40, 30)), (2, (33, 64)), (3, (16, 16 * 16))):
+        launch_retention_grid(
+            rule, 'fwd', torch.bfloat16, 16, 16, bidirectional=False, hw=hw, batch=batch
+        )
+    variants = {(name, kernel.hash) for name, kernel in kernels}
+    assert {name for name, _ in variants} == {
+        'retention_line_kernel',
+        'retention_mix_kernel',
+        'retention_block_kernel',
+    }
+    # lines are columns or rows, and tiles of up to 16 or 32 steps
+    assert len(variants) <= 2 * 2 + 2 * 2 + 1
+
+
+@pytest.mark.parametrize('bidirectional', [False, True], ids=['causal', 'bidirectional'])
+@pytest.mark.parametrize(
+    ('size', 'kind'),
+    [
+        (SMALL, 'small'),
+        (LARGE, 'large'),
+        ((torch.float16, 64), 'wide'),
+        ((torch.float32, 128), 'wide'),
+        ((torch.bfloat16, 48), None),
+    ],
+)
+def test_rules_of_retention_on_grids_fit_the_gpu(kernels, tmp_path, size, kind, bidirectional):
+    from linvis_ops.retention.launch_grid import RULES
+
+    hopper = triton.runtime.driver.active.get_current_target().arch == 90
+    dtype, width = size
+    rule = RULES.get((9, 0) if hopper else (0, 0), RULES[0, 0])[kind] if kind else None
+    launch_retention_grid(
+        rule, 'bwd' if bidirectional else 'fwd', dtype, width, width, bidirectional=bidirectional,
+        hw=(64, 64),
+    )  # fmt: skip
+    assert len(kernels) == (11 if bidirectional else 5)
+    for name, kernel in kernels:
+        stack = stack_of(kernel, tmp_path / 'kernel.cubin')
+        warpgroups = 'wgmma' in kernel.asm['ptx']
+        assert not (warpgroups and stack), name
+        assert kind or not warpgroups, name
+        assert stack <= 256, name
+        assert kernel.metadata.shared <= (99 if size == SMALL else 227) * 1024, name

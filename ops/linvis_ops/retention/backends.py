@@ -10,13 +10,16 @@ from linvis_ops.retention.reference import retention_backward, retention_chunked
 WIDEST = 128
 
 
-def _triton_unavailable(*tensors: Tensor, columns: int = 1) -> str | None:
-    if columns > 1:
-        return 'its kernels take sequences, not grids, so far'
+def _triton_unavailable(*tensors: Tensor, columns: int = 1) -> str | None:  # noqa: ARG001
     for tensor in tensors:
         if tensor.dim() > 1 and tensor.shape[-1] > WIDEST:  # not log_gamma
             return f'its kernels take heads of at most {WIDEST} channels, not {tensor.shape[-1]}'
     return triton_unavailable(*tensors) or dtype_unavailable(*tensors)
+
+
+def _is_grid(q: Tensor, columns: int) -> bool:
+    """Whether there are two rows or more, and columns; a class token is no row of tokens."""
+    return 1 < columns <= q.shape[1] // 2
 
 
 def _triton_forward(
@@ -24,12 +27,16 @@ def _triton_forward(
     k: Tensor,
     v: Tensor,
     log_gamma: Tensor,
-    _columns: int,
+    columns: int,
     bidirectional: bool,
     scale: float | None,
 ) -> Tensor:
-    from linvis_ops.retention import kernels_triton  # needs triton, which may be absent
+    from linvis_ops.retention import kernels_triton, kernels_triton_grid  # triton may be absent
 
+    if _is_grid(q, columns):
+        return kernels_triton_grid.retention_forward(
+            q, k, v, log_gamma, columns, bidirectional, scale
+        )
     return kernels_triton.retention_forward(q, k, v, log_gamma, bidirectional, scale)
 
 
@@ -39,12 +46,16 @@ def _triton_backward(
     k: Tensor,
     v: Tensor,
     log_gamma: Tensor,
-    _columns: int,
+    columns: int,
     bidirectional: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from linvis_ops.retention import kernels_triton_backward
+    from linvis_ops.retention import kernels_triton_backward, kernels_triton_grid
 
+    if _is_grid(q, columns):
+        return kernels_triton_grid.retention_backward(
+            go, q, k, v, log_gamma, columns, bidirectional, scale
+        )
     return kernels_triton_backward.retention_backward(go, q, k, v, log_gamma, bidirectional, scale)
 
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from linvis_ops._chunks import (
-    LEAST,
     VECTOR,
     Launch,
     Pass,
@@ -32,19 +31,19 @@ RULES: RulesByDevice = {
     (0, 0): DEFAULT,
     (9, 0): {**DEFAULT, ('bwd', 'small'): Rule(length=64)},
 }
-# For short dtypes whose rows are moved element by element or masked, and for narrow values beside
-# wide keys, where registers are spilled: two warps form no warpgroup.
+# For short dtypes whose rows are moved element by element or masked, and for heads narrower than
+# 64, where products of warpgroups are not right (README.md): two warps form no warpgroup.
 UNEVEN = Rule(length=32, warps=2, state_bytes=4096)
+# Least width of a head whose products are right.
+NARROWEST = 64
 
 
 def is_even(rows: Rows) -> bool:
-    """Whether all rows are whole vectors and fill their tiles, and values are not too narrow."""
-    keys, values = rows.tensors[0].shape[-1], rows.tensors[2].shape[-1]
-    widths = (keys, values)
+    """Whether all rows are whole vectors and fill their tiles, and none is too narrow."""
+    widths = rows.tensors[0].shape[-1], rows.tensors[2].shape[-1]
     return (
         rows.align == VECTOR
-        and (keys <= 64 or keys <= 2 * values)
-        and all(width >= LEAST and width & (width - 1) == 0 for width in widths)
+        and all(width >= NARROWEST and width & (width - 1) == 0 for width in widths)
         and all(x.data_ptr() % (VECTOR * x.element_size()) == 0 for x in rows.tensors)
     )
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from benchmarks import registry, results
+from benchmarks import passes, registry, results
 from benchmarks.timing import Timing
 
 
@@ -85,7 +85,7 @@ def row(impl, sizes, milliseconds, *, name='bi_wkv', dtype='bfloat16', pass_name
         'dtype': dtype,
         'shape': shape,
         'ours': impl in ('triton', 'torch'),
-        'tokens': registry.tokens(shape),
+        'tokens': passes.tokens(shape),
         'elements': registry.elements(shape),
         'least_bytes': least,
         'ms': milliseconds,

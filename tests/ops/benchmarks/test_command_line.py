@@ -150,7 +150,9 @@ def test_red_tests_stop_the_measurement(with_gpu, monkeypatch, capsys):
     monkeypatch.setattr(verify, 'passed', lambda files: tested.append(files))  # None: not passed
     monkeypatch.setattr(run, 'main', lambda *_: pytest.fail('measured'))
     assert verify.main(['--op', 'bi_wkv', 'q_shift']) == 1
-    kinds = ('bi_wkv', 'bi_wkv_cuda', 'bi_wkv_gpu', 'bi_wkv_stream')
+    kinds = (
+        'bi_wkv', 'bi_wkv_cuda', 'bi_wkv_gpu', 'bi_wkv_stream', 'bi_wkv_stream_backward'
+    )  # fmt: skip
     shared = ('operators_on_gpu', 'triton_sum')
     assert tested == [[f'tests/ops/test_{name}.py' for name in (*kinds, *shared, 'q_shift')]]
     assert 'Nothing is measured' in capsys.readouterr().err

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.passes import PASSES, Copies, Function
-from benchmarks.registry import OPERATORS, elements, named, tokens
+from benchmarks.passes import PASSES, Copies, Function, tokens
+from benchmarks.registry import OPERATORS, elements, named
 from benchmarks.rivals import (
     FLA_GLA_STACKED,
     FLA_GLA_TWICE,
@@ -24,6 +24,8 @@ TINY = {
     'bi_wkv': (2, 6, 8),
     'bi_gla': (2, 6, 3, 4, 5),
     'retention': (2, 6, 3, 4, 5),
+    'retention_2d_causal': (2, 2, 3, 3, 4, 5),
+    'retention_2d_bidirectional': (2, 2, 3, 3, 4, 5),
     'q_shift': (2, 2, 3, 8),
     'q_shift_mix': (2, 2, 3, 8),
 }
@@ -79,7 +81,7 @@ def test_entry_runs_all_passes(operator):
 def test_backward_pass_is_one_registered_operator(operator):
     """The operator is called directly, with what autograd gives to it."""
     call = prepared(operator).call('bwd')
-    assert call.what.startswith(f'linvis::{operator.name}')
+    assert call.what.startswith(f'linvis::{operator.function}')
     result = call.run()
     first = result[0] if isinstance(result, (tuple, list)) else result
     assert not first.requires_grad
@@ -145,6 +147,7 @@ def test_unknown_pass_is_refused():
         ('bi_gla', (2, 16640, 4, 16, 32), 'float32', 68_157_440, 119_275_520),
         # 512 and 896
         ('retention', (128, 197, 6, 64, 64), 'bfloat16', 77_463_552, 135_561_216),
+        ('retention_2d_causal', (4, 128, 128, 6, 64, 64), 'bfloat16', 201_326_592, 352_321_536),
         # 4 and 4
         ('q_shift', (128, 14, 14, 192), 'bfloat16', 19_267_584, 19_267_584),
         # 8 and 10
