@@ -24,11 +24,15 @@ template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS)
     bi_wkv_stream_backward_kernel(const __grid_constant__ BackwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  BackwardBlock<T, Shape>(args, memory).init();
+  // each branch makes the barriers by itself: shared code before them would keep its registers
   if (threadIdx.x < 32 * Shape::WARPS) {
-    BackwardRows<T, Shape>(args, memory).run();
+    BackwardRows<T, Shape> rows(args, memory);
+    rows.init();
+    rows.run();
   } else {
-    BackwardHelper<T, Shape>(args, memory).run();
+    BackwardHelper<T, Shape> helper(args, memory);
+    helper.init();
+    helper.run();
   }
 }
 

@@ -50,7 +50,7 @@ struct BackwardBlock {
         entered[kind].init(32);
       }
     }
-    __syncthreads();
+    sync<1, Shape::THREADS>();  // all warps come here, on two ways
   }
   __device__ __forceinline__ float* constants(int stage) const {
     return reinterpret_cast<float*>(stages + stage * Shape::STAGE + 3 * Shape::TENSOR);
