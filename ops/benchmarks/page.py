@@ -159,15 +159,15 @@ def _implementations(rows: Sequence[Row]) -> list[str]:
     return sorted(names, key=lambda name: name == COPY)
 
 
-def _first_of_ours(rows: Sequence[Row]) -> str | None:
-    return next((row['impl'] for row in rows if row['ours']), None)
+def _time(row: Row) -> float:
+    return float(row['ms'])
 
 
 def _table(rows: Sequence[Row]) -> str:
     """One line a shape and pass, one column an implementation."""
     names = _implementations(rows)
     axes = list(rows[0]['shape'])
-    ours = _first_of_ours(rows)
+    ours = any(row['ours'] for row in rows)
     head = [*axes, 'pass', *names, *(('GB/s', 'of copy', 'MiB') if ours else ())]
     lines = [head, ['--:'] * len(axes) + ['---'] + ['--:'] * (len(head) - len(axes) - 1)]
     by_place: dict[tuple[Any, ...], dict[str, Row]] = {}
@@ -176,15 +176,17 @@ def _table(rows: Sequence[Row]) -> str:
         by_place.setdefault(place, {})[row['impl']] = row
     for place, measured in by_place.items():
         fastest = min(
-            (row for row in measured.values() if row['impl'] != COPY),
-            key=lambda row: row['ms'],
-            default=None,
+            (row for row in measured.values() if row['impl'] != COPY), key=_time, default=None
         )
         cells = [_cell(measured.get(name), fastest) for name in names]
         line = [*(str(part) for part in place), *cells]
-        if ours in measured:
-            row = measured[ours]
-            line += [f'{row["gb_s"]:,.0f}', f'{row["copy_share"]:.0%}', f'{row["peak_mib"]:,.0f}']
+        best = min((row for row in measured.values() if row['ours']), key=_time, default=None)
+        if best:
+            line += [
+                f'{best["gb_s"]:,.0f}',
+                f'{best["copy_share"]:.0%}',
+                f'{best["peak_mib"]:,.0f}',
+            ]
         elif ours:
             line += ['', '', '']
         lines.append(line)
@@ -193,12 +195,13 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _explanation(rows: Sequence[Row]) -> str:
     """What the columns of the table mean."""
-    ours = _first_of_ours(rows)
+    ours = list(dict.fromkeys(row['impl'] for row in rows if row['ours']))
     parts = ['Medians in milliseconds; the fastest is bold, a copy left aside.']
     if ours:
         parts.append(
-            f'GB/s: least traffic of the operator over the time of {ours}; of copy: its share of '
-            f'the speed of a big copy; MiB: peak memory of {ours}.'
+            f'GB/s: least traffic of the operator over the time of {" or ".join(ours)}'
+            f'{", whichever is faster" if len(ours) > 1 else ""}; of copy: its share of the '
+            'speed of a big copy; MiB: its peak memory.'
         )
     if not all(row['graph'] for row in rows):
         parts.append('\\*: not captured in a CUDA graph, so time of the host may count.')

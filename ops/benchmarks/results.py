@@ -129,7 +129,8 @@ def make_header(ops: Path, command: str, commit: str | None, **measured: float) 
         measured: The fields that were measured: copy_gb_s, copy_gib, floor_ms, flush_mib.
     """
     properties = torch.cuda.get_device_properties('cuda')
-    status = git(ops, 'status', '--porcelain', '--', 'linvis_ops')
+    # a commit that is given is not that of the files around this one
+    status = None if commit else git(ops, 'status', '--porcelain', '--', 'linvis_ops')
     return {
         'gpu': properties.name,
         'capability': f'{properties.major}.{properties.minor}',
