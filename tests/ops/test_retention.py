@@ -256,6 +256,19 @@ def test_recurrent_equals_parallel(tokens, hw):
     torch.testing.assert_close(o, expected, rtol=1e-10, atol=1e-11)
 
 
+def test_a_softmax_in_the_parallel_form_alone_would_break_the_duality():
+    # softmax(scale q k^T * D) v, as the authors' code has it: README.md, Differences
+    q, k, v, log_gamma = detached(retention_inputs(1, 65, 3, 16, 16))
+    recurrent, _ = retention_recurrent(q, k, v, log_gamma)
+    steps = torch.arange(65)[:, None] - torch.arange(65)
+    decay = (log_gamma[:, None, None] * steps).exp().tril()
+    scores = torch.einsum('bthk,bshk->bhts', q, k) * q.shape[3] ** -0.5
+    softmax = torch.einsum('bhts,bshv->bthv', (scores * decay).softmax(-1), v)
+    assert (softmax - recurrent).abs().max() > 1.0
+    ours = retention_parallel(q, k, v, log_gamma)
+    torch.testing.assert_close(ours, recurrent, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(('tokens', 'hw'), [(1000, None), (1601, (40, 40)), (2000, (20, 100))])
 def test_chunked_equals_recurrent_on_long_sequences(tokens, hw):
     inputs = detached(retention_inputs(1, tokens, 2, 4, 4, F64))
