@@ -8,8 +8,10 @@ test failed, else that of run.py.
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,9 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def passed(files: Sequence[str]) -> bool:
-    """Whether the GPU tests in these files were run and passed."""
-    command = [sys.executable, '-m', 'pytest', '-q', '-rs', '-m', 'gpu', *files]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    """Whether GPU tests in these files were run, not all of them skipped, and passed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / 'report.xml'
+        command = [sys.executable, '-m', 'pytest', '-q', '-rs', '-m', 'gpu', f'--junitxml={report}']
+        if subprocess.run([*command, *files], cwd=ROOT, check=False).returncode:
+            return False
+        suite = ElementTree.parse(report).getroot()[0]
+        return int(suite.get('tests', 0)) > int(suite.get('skipped', 0))
 
 
 if __name__ == '__main__':

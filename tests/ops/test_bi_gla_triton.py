@@ -78,9 +78,27 @@ def check_both_passes(inputs, launches=(None, None)):
         assert_matches(name, a.cpu(), e, None, dtype)
 
 
+@pytest.fixture
+def flagged(monkeypatch):
+    """Flags of the chunks, of the forward and of the backward pass, as they are computed."""
+    from linvis_ops.bi_gla import kernels_triton, kernels_triton_backward
+
+    passes = []
+
+    def keep(rows, flags, *rest):
+        passes.append(flags.cpu())
+        return launch_by_tokens(rows, flags, *rest)
+
+    launch_by_tokens = kernels_triton.launch_by_tokens
+    for module in (kernels_triton, kernels_triton_backward):
+        monkeypatch.setattr(module, 'launch_by_tokens', keep)
+    yield passes
+    assert len(passes) == 2
+
+
 @pytest.mark.parametrize('segment', [5, 2])
 @pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
-def test_chunks_out_of_range_between_others(backend, device, segment):
+def test_chunks_out_of_range_between_others(backend, device, segment, flagged):
     from linvis_ops._chunks import Launch
 
     inputs = bi_gla_inputs(1, 70, 1, 6, 20, torch.bfloat16, device)
@@ -89,6 +107,14 @@ def test_chunks_out_of_range_between_others(backend, device, segment):
         inputs[4][:, 38] = -float('inf')
     launch = Launch(16, 5, segment, -(-5 // segment), keys=16, values=32)
     check_both_passes(inputs, (launch, launch))
+    for of in flagged:  # of 16 tokens each: 20 to 26 and 38 are in the second and the third
+        assert of.tolist() == [0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
+def test_chunks_in_range_are_not_computed_token_by_token(backend, device, flagged):
+    check_both_passes(bi_gla_inputs(1, 70, 1, 6, 20, torch.bfloat16, device))
+    assert not any(of.any() for of in flagged)
 
 
 @pytest.mark.gpu
@@ -115,21 +141,25 @@ def test_division_covers_the_sequence(shape, dtype, width):
 
 
 @pytest.mark.parametrize(
-    ('tokens', 'width', 'length', 'dtype', 'warps'),
+    ('tokens', 'width', 'value_width', 'length', 'dtype', 'warps'),
     [
-        (500, 32, 32, torch.bfloat16, 8),
-        (500, 32, 64, torch.bfloat16, 2),
-        (50, 32, 128, torch.bfloat16, 2),  # one chunk of 64
-        (500, 33, 32, torch.float16, 2),  # keys are rows of products, too
-        (500, 128, 64, torch.float32, 8),  # not by tensor cores
+        (500, 32, 32, 32, torch.bfloat16, 8),
+        (500, 32, 32, 64, torch.bfloat16, 2),
+        (50, 32, 32, 128, torch.bfloat16, 2),  # one chunk of 64
+        (500, 33, 32, 32, torch.float16, 2),  # keys are rows of products, too
+        (500, 32, 64, 32, torch.float16, 2),  # and values
+        (500, 128, 128, 64, torch.float32, 8),  # not by tensor cores
     ],
 )
-def test_no_program_forms_a_warpgroup(tokens, width, length, dtype, warps):
+def test_no_program_forms_a_warpgroup(tokens, width, value_width, length, dtype, warps):
     from linvis_ops._chunks import Rule
     from linvis_ops.bi_gla.launch import launch_for
 
-    q = torch.empty((1, tokens, 1, width), device='meta', dtype=dtype)
-    assert launch_for(q, q, 'bwd', Rule(length, warps=8)).warps == warps
+    q, v = (
+        torch.empty((1, tokens, 1, size), device='meta', dtype=dtype)
+        for size in (width, value_width)
+    )
+    assert launch_for(q, v, 'bwd', Rule(length, warps=8)).warps == warps
 
 
 def test_parts_of_one_projection_are_not_copied():

@@ -21,8 +21,6 @@ def inputs_of(batch, tokens, channels, dtype=torch.bfloat16, device='cuda', **kw
 
 
 def stream(w, u, k, v):
-    # the memory that the output will be given
-    torch.full_like(v, torch.nan, memory_format=torch.contiguous_format)
     return torch.ops.linvis_cuda.bi_wkv_stream_fwd(w, u, k, v)
 
 
@@ -191,7 +189,7 @@ def test_rows_of_larger_tensors(tokens):
 @pytest.mark.parametrize('size', [(128, 196, 192), (16, 1030, 192), (2, 4200, 768)])
 def test_repeated_runs_are_bit_identical(size):
     inputs = inputs_of(*size)
-    inputs[2][0, 600:] += 60.0
+    inputs[2][0, size[1] // 2 :] += 60.0
     y = stream(*inputs)
     for _ in range(20):
         assert torch.equal(stream(*inputs), y)

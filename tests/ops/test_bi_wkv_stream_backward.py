@@ -26,9 +26,6 @@ def inputs_of(batch, tokens, channels, dtype=torch.bfloat16, device='cuda', **kw
 
 
 def stream(gy, w, u, k, v):
-    # the memory that the gradients will be given
-    for x in (k, v):
-        torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
     return torch.ops.linvis_cuda.bi_wkv_stream_bwd(gy, w, u, k, v)
 
 
@@ -234,7 +231,7 @@ def test_rows_of_larger_tensors(tokens):
 @pytest.mark.parametrize('size', [(128, 196, 192), (16, 1030, 192), (2, 4200, 768)])
 def test_repeated_runs_are_bit_identical(size):
     inputs = inputs_of(*size)
-    inputs[3][0, 600:, :40] += 60.0
+    inputs[3][0, size[1] // 2 :, :40] += 60.0
     expected = stream(*inputs)
     for _ in range(20):
         assert_equal(stream(*inputs), expected)

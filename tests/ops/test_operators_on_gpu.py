@@ -46,6 +46,12 @@ OPERATORS = {
     'q_shift_mix': ('q_shift_mix', mixes, mix_inputs),
     'retention': ('retention', retention, retention_inputs_of),
     'retention-2d': ('retention', retention_2d, retention_inputs_of),
+    # larger than one tile
+    'retention-2d-tiles': (
+        'retention',
+        retention_2d,
+        lambda b, t, device: retention_inputs_of(b, 30 * t, device),
+    ),
 }
 
 pytestmark = [

@@ -39,9 +39,9 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     load_state,
     load_weights,
     log_decays_from_middle,
+    make_weights,
     state_places,
     to_middle,
-    weights_for,
 )
 from linvis_ops.bi_gla.launch import launch_for
 
@@ -265,13 +265,14 @@ def bi_gla_out_kernel(
 
 
 def entering_states(
-    rows: Rows, launch: Launch, *, with_gradients: bool = False
+    rows: Rows, launch: Launch, weights: Tensor, *, with_gradients: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """States that enter the chunks from both sides, and gradients by them.
 
     Args:
         rows: q, k, v, g_fwd, g_bwd, and with gradients the gradient by the output.
         launch: Division of the tokens.
+        weights: What `make_weights` returns.
         with_gradients: Compute the gradients as well.
 
     Returns:
@@ -295,7 +296,7 @@ def entering_states(
     slices = triton.cdiv(value_width, launch.values)
     bi_gla_state_kernel[(kinds * batch * heads * launch.segments, slices)](
         q if with_gradients else None, k, v, g_fwd, g_bwd, go[0] if with_gradients else None,
-        states, weights_for(k, launch.length), logs, sums, totals, tokens, heads, launch.chunks,
+        states, weights, logs, sums, totals, tokens, heads, launch.chunks,
         launch.segment, launch.segments, *rows.strides, *(() if with_gradients else (0, 0, 0)),
         ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
         BV=launch.values, KINDS=kinds, num_warps=launch.warps, num_stages=launch.stages,
@@ -328,11 +329,12 @@ def bi_gla_forward(
     flags = v.new_empty((batch * heads * launch.chunks,), dtype=torch.int8)
     half = (key_width**-0.5 if scale is None else scale) / 2
     with on_device(v):
-        entering = entering_states(rows, launch)
+        weights = make_weights(q, launch.length)
+        entering = entering_states(rows, launch, weights)
         slices = triton.cdiv(value_width, launch.values)
         bi_gla_out_kernel[(batch * heads * launch.chunks, slices)](
-            *rows.tensors, o, flags, weights_for(q, launch.length), *entering, tokens, heads,
-            launch.chunks, launch.segment, launch.segments, half, *rows.strides,
+            *rows.tensors, o, flags, weights, *entering, tokens, heads, launch.chunks,
+            launch.segment, launch.segments, half, *rows.strides,
             ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
             BV=launch.values, TURNED=False, num_warps=launch.warps, num_stages=launch.stages,
             maxnreg=launch.registers,

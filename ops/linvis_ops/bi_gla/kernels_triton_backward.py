@@ -31,8 +31,8 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     load_state,
     load_weights,
     log_decays_from_middle,
+    make_weights,
     multiplied,
-    weights_for,
 )
 from linvis_ops.bi_gla.launch import launch_for
 
@@ -178,10 +178,10 @@ def bi_gla_backward(
         'num_stages': launch.stages, 'maxnreg': launch.registers,
     }  # fmt: skip
     sizes = (tokens, heads, launch.chunks, launch.segment, launch.segments, half)
-    weights = weights_for(q, launch.length)
     grid = (batch * heads * launch.chunks, slices)
     with on_device(v):
-        entering = entering_states(rows, launch, with_gradients=True)
+        weights = make_weights(q, launch.length)
+        entering = entering_states(rows, launch, weights, with_gradients=True)
         bi_gla_out_kernel[grid](
             k, q, go, g_fwd, g_bwd, dv, flags, weights, *entering, *sizes, *of_k, *of_q, *of_o,
             *of_f, *of_b, TURNED=True, **division,

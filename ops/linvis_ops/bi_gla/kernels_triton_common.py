@@ -1,7 +1,5 @@
 """What the Triton kernels of gated linear attention share: gates, their sums, decays and states."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -58,29 +56,34 @@ def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
     return chosen
 
 
-def make_weights(device: torch.device, dtype: torch.dtype, length: int) -> Tensor:
-    """Matrices (7, L, L) for `load_weights`, in the dtype that products of sums take.
+# Matrices of `make_weights`.
+WEIGHTS = 7
+
+
+@triton.jit
+def bi_gla_weights_kernel(out, L: tl.constexpr):
+    """One of the matrices (7, L, L) that `make_weights` describes."""
+    which = tl.program_id(0)
+    t = tl.arange(0, L)[:, None]
+    s = tl.arange(0, L)[None, :]
+    # steps of s behind t, or before it
+    steps = tl.where(which % 2 == 0, s - t, t - s)
+    chosen = (steps > 0) | ((steps == 0) & (which >= 2)) | (which == 6)
+    x = chosen.to(tl.float32) - tl.where((which == 4) | (which == 5), 0.5, 0.0)
+    tl.store(out + which * (L * L) + t * L + s, x)
+
+
+def make_weights(x: Tensor, length: int) -> Tensor:
+    """Matrices (7, L, L) for `load_weights`, in the dtype that products of sums take beside x.
 
     For each token, 1 for those behind it, for those before it, for it and those behind it, for it
     and those before it, and 0 for others; the last two of these with 1/2 for 1 and -1/2 for 0; 1
     everywhere.
     """
-    every = torch.ones(length, length, device=device)
-    before, upto = every.tril(-1), every.tril()
-    matrices = (before.T, before, upto.T, upto, upto.T - 0.5, upto - 0.5, every)
-    short = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    return torch.stack(matrices).to(short)
-
-
-_kept_weights = functools.cache(make_weights)
-
-
-def weights_for(x: Tensor, length: int) -> Tensor:
-    """Matrices for inputs such as x, made once for a device."""
-    if x.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
-        # what a graph makes has no numbers before it runs, so that nobody else may have it
-        return make_weights(x.device, x.dtype, length)
-    return _kept_weights(x.device, x.dtype, length)
+    short = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    weights = x.new_empty((WEIGHTS, length, length), dtype=short)
+    bi_gla_weights_kernel[(WEIGHTS,)](weights, L=length)
+    return weights
 
 
 @triton.jit

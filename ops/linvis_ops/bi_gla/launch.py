@@ -48,6 +48,6 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
     _, processors = _capability_and_processors(q.device)
     if rule is None and q.shape[0] * q.shape[2] >= MANY * processors:
         launch = dataclasses.replace(launch, segment=launch.chunks, segments=1)
-    if q.dtype == torch.float32 or max(launch.length, launch.keys) < WARPGROUP_ROWS:
+    if q.dtype == torch.float32 or max(launch.length, launch.keys, launch.values) < WARPGROUP_ROWS:
         return launch
     return dataclasses.replace(launch, warps=min(launch.warps, WARPGROUP_WARPS // 2))

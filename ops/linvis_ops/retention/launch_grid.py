@@ -113,8 +113,8 @@ def rule_for(q: Tensor, v: Tensor, *, even: bool) -> GridRule:
         even: Whether all rows are whole vectors and fill their tiles.
     """
     rules = RULES.get(capability_of(q.device), RULES[0, 0])
+    if q.dtype != torch.float32 and not even:
+        return UNEVEN
     if q.dtype != torch.bfloat16:
         return rules['wide']
-    if not even:
-        return UNEVEN
     return rules['small' if max(q.shape[-1], v.shape[-1]) <= 64 else 'large']
