@@ -40,6 +40,7 @@ def cuda_extension() -> dict[str, Any]:
             'ops/csrc/bi_wkv_stream_backward_block.h',
             'ops/csrc/bi_wkv_stream_backward_rows.h',
             'ops/csrc/bi_wkv_stream_block.h',
+            'ops/csrc/bi_wkv_stream_host.h',
             'ops/csrc/bi_wkv_stream_pairs.h',
             'ops/csrc/bi_wkv_stream_ptx.h',
             'ops/csrc/bi_wkv_stream_rows.h',

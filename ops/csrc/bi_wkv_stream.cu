@@ -10,6 +10,7 @@
 #include <atomic>
 #include <limits>
 
+#include "bi_wkv_stream_host.h"
 #include "bi_wkv_stream_rows.h"
 
 namespace linvis::bi_wkv::stream {
@@ -27,12 +28,6 @@ __global__ void __launch_bounds__(Shape::THREADS, 2)
   } else {
     Helper<T, Shape>(args, shared).run();
   }
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
 }
 
 // Thread blocks that the device, which is the current one, has at work at once.
@@ -93,12 +88,6 @@ void launch_any(const Args& args, const Tensor& v) {
   const int bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, v.device().index());
   if (2 * (Long<3>::BYTES + 1024) <= bytes) return launch<T, Long<3>>(args, v);
   launch<T, Long<2>>(args, v);
-}
-
-bool is_whole(const Tensor& x) {
-  const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
-  return x.stride(2) == 1 && aligned(x.size(2)) && aligned(x.stride(0)) && aligned(x.stride(1)) &&
-         reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
 Tensor forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v) {

@@ -13,6 +13,7 @@
 
 #include "bi_wkv_division.h"
 #include "bi_wkv_stream_backward_rows.h"
+#include "bi_wkv_stream_host.h"
 
 namespace linvis::bi_wkv::stream {
 namespace {
@@ -117,12 +118,6 @@ __global__ void __launch_bounds__(SUM_THREADS)
   (column < channels ? dw : du)[column % channels] = sum;
 }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
 // Thread blocks that the device, which is the current one, has at work at once.
 template <class T, class Shape>
 int most_blocks(int device) {
@@ -223,12 +218,6 @@ void launch(BackwardArgs& args, const Tensor& v, Tensor& partial) {
                                                arguments, Shape::BYTES, stream));
   }
   launch_mend<T>(args, v);
-}
-
-bool is_whole(const Tensor& x) {
-  const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
-  return x.stride(2) == 1 && aligned(x.size(2)) && aligned(x.stride(0)) && aligned(x.stride(1)) &&
-         reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
 template <class T>

@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 }
 
 // Constants of channels, as they lie behind k and v of an item.
-enum { W2, DECAY, PART_DECAY, REFERENCE, OWN, CONSTANTS };
+enum { W2, DECAY, PART_DECAY, REFERENCE, OWN };
 
 template <class T, class Shape, class AnyArgs>
 __device__ __forceinline__ void load_constants(const AnyArgs& args, const Place& p, int lane,

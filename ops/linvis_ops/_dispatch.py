@@ -24,9 +24,8 @@ class Backend:
 
     Attributes:
         name: What users write as `backend=`.
-        unavailable: Takes the operator's input tensors (none: asks about the machine alone) and, by
-            name, options of the operator that backends may refuse; returns None if the backend can
-            run them, else a clause that says why not.
+        unavailable: Takes the operator's input tensors (none: asks about the machine alone);
+            returns None if the backend can run them, else a clause that says why not.
         forward: Implementation of the forward operator.
         backward: Implementation of the backward operator.
         leads: Takes the input tensors of a pass, those of the backward pass with the gradients
@@ -52,13 +51,12 @@ def register_backends(op: str, backends: Sequence[Backend]) -> None:
     _BACKENDS[op] = tuple(backends)
 
 
-def available_backends(op: str, *tensors: Tensor, **options: Any) -> dict[str, str | None]:
+def available_backends(op: str, *tensors: Tensor) -> dict[str, str | None]:
     """Backends of an operator and why they cannot run.
 
     Args:
         op: Name of the operator, e.g. 'bi_wkv'.
         tensors: Its input tensors; none to ask about the machine alone.
-        options: Options that its backends may refuse, as README.md of the operator names them.
 
     Returns:
         Name to None (can run) or a clause that says why not, the preferred backend first.
@@ -68,7 +66,7 @@ def available_backends(op: str, *tensors: Tensor, **options: Any) -> dict[str, s
     """
     if op not in _BACKENDS:
         raise ValueError(f'there is no operator {op!r}; there are {", ".join(sorted(_BACKENDS))}.')
-    reasons = {backend.name: backend.unavailable(*tensors, **options) for backend in _BACKENDS[op]}
+    reasons = {backend.name: backend.unavailable(*tensors) for backend in _BACKENDS[op]}
     return {**reasons, REFERENCE: None}
 
 
@@ -130,7 +128,7 @@ def _say_once(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-def select(op: str, name: str, *tensors: Tensor, **options: Any) -> Backend:
+def select(op: str, name: str, *tensors: Tensor) -> Backend:
     """Choose the backend that runs these tensors.
 
     Args:
@@ -138,7 +136,6 @@ def select(op: str, name: str, *tensors: Tensor, **options: Any) -> Backend:
         name: 'auto' for the first of the list that can run, unless another one leads, or a
             backend's name.
         tensors: Input tensors of the operator.
-        options: Options of the operator that its backends may refuse.
 
     Returns:
         The backend. A skipped backend is logged once: as a warning for tensors on a GPU, else at
@@ -151,13 +148,13 @@ def select(op: str, name: str, *tensors: Tensor, **options: Any) -> Backend:
     if name == 'auto':
         for backend in _BACKENDS[op]:
             leads = backend.leads
-            if leads and leads(*tensors) and backend.unavailable(*tensors, **options) is None:
+            if leads and leads(*tensors) and backend.unavailable(*tensors) is None:
                 return backend
     skipped: list[str] = []
     for backend in _BACKENDS[op]:
         if name not in ('auto', backend.name):
             continue
-        reason = backend.unavailable(*tensors, **options)
+        reason = backend.unavailable(*tensors)
         if reason is None:
             if skipped:
                 level = logging.WARNING if tensors[0].device.type == 'cuda' else logging.DEBUG

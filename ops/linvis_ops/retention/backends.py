@@ -10,7 +10,7 @@ from linvis_ops.retention.reference import retention_backward, retention_chunked
 WIDEST = 128
 
 
-def _triton_unavailable(*tensors: Tensor, columns: int = 1) -> str | None:  # noqa: ARG001
+def _triton_unavailable(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dim() > 1 and tensor.shape[-1] > WIDEST:  # not log_gamma
             return f'its kernels take heads of at most {WIDEST} channels, not {tensor.shape[-1]}'
@@ -59,7 +59,7 @@ def _triton_backward(
     return kernels_triton_backward.retention_backward(go, q, k, v, log_gamma, bidirectional, scale)
 
 
-def _always(*_tensors: Tensor, columns: int = 1) -> str | None:  # noqa: ARG001
+def _always(*_tensors: Tensor) -> str | None:
     return None
 
 

@@ -25,7 +25,7 @@ def retention_fwd(
     backend: str,
 ) -> Tensor:
     """Forward operator: the output in the dtype of v."""
-    chosen = _dispatch.select('retention', backend, q, k, v, log_gamma, columns=columns)
+    chosen = _dispatch.select('retention', backend, q, k, v, log_gamma)
     with without_autocast(q):
         return chosen.forward(q, k, v, log_gamma, columns, bidirectional, scale)
 
@@ -57,7 +57,7 @@ def retention_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward operator: gradients by q, k and v; deterministic."""
-    chosen = _dispatch.select('retention', backend, q, k, v, log_gamma, go, columns=columns)
+    chosen = _dispatch.select('retention', backend, q, k, v, log_gamma, go)
     with without_autocast(q):
         return chosen.backward(go, q, k, v, log_gamma, columns, bidirectional, scale)
 
