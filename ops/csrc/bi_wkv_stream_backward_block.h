@@ -43,10 +43,10 @@ struct BackwardBlock {
     if (threadIdx.x == 0) {
       for (int s = 0; s < Shape::STAGES; ++s) {
         full[s].init(64);  // of each thread that copies: the copies, and the constants
-        empty[s].init(Shape::WARPS);
+        empty[s].init(32 * Shape::WARPS);
       }
       for (int kind = 0; kind < 2; ++kind) {
-        summed[kind].init(Shape::WARPS);
+        summed[kind].init(32 * Shape::WARPS);
         entered[kind].init(32);
       }
     }

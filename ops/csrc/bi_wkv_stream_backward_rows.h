@@ -122,8 +122,7 @@ struct BackwardRows : BackwardBlock<T, Shape> {
     const RowSums own = RowSums::choose(half, forward, backward);
     other.then(c.length, own).store(this->sums_of(kind, warp) + (half ? 0 : SUMS / 2) * WIDTH,
                                     WIDTH);
-    __syncwarp();
-    if (lane == 0) this->summed[kind].arrive();
+    this->summed[kind].arrive();
     return other;
   }
   // All that this row sees before it and behind it.
@@ -365,8 +364,7 @@ struct BackwardRows : BackwardBlock<T, Shape> {
       to[0] = make_float2(-c.decay[0] * by_w[0], -c.decay[1] * by_w[1]);
       to[WIDTH / 2] = make_float2(c.own[0] * by_u[0], c.own[1] * by_u[1]);
     }
-    __syncwarp();
-    if (lane == 0) this->empty[stage].arrive();
+    this->empty[stage].arrive();
   }
 };
 
