@@ -21,6 +21,7 @@ from benchmarks.rivals import (
     FLA_RETENTION,
     FLA_RWKV4_TWICE,
     SDPA,
+    TORCH_LAYER_NORM,
     Rival,
 )
 from linvis_ops import testing
@@ -180,6 +181,12 @@ def mix_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     return *token_inputs(shape, dtype, device), *mus
 
 
+def norm_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    """x, (B, T, C), weight and bias, each (C,), float32."""
+    weights = tuple(torch.rand(shape['C'], device=device).requires_grad_() for _ in range(2))
+    return *token_inputs(shape, dtype, device), *weights
+
+
 OPERATORS = (
     Operator(
         name='bi_wkv',
@@ -249,6 +256,15 @@ OPERATORS = (
         inputs=mix_inputs,
         arguments=lambda inputs, s: (inputs[0], (s['rows'], s['columns']), inputs[1:]),
         traffic=token_tensors(forward=4, backward=5),  # x, three mixes; x, three gradients, dx
+    ),
+    # tokens of ViG-H's first stage, heads of these (an RMSNorm), tokens of ViG-T and ViR-S
+    Operator(
+        name='layer_norm',
+        axes=('B', 'T', 'C'),
+        shapes=((128, 3136, 96), (128, 9408, 32), (256, 196, 192), (64, 1025, 384)),
+        inputs=norm_inputs,
+        traffic=token_tensors(forward=2, backward=3),  # x, y; x, dy, dx
+        rivals=(TORCH_LAYER_NORM, COPY),
     ),
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from benchmarks.passes import Copies, Function, Runnable, Shape, tokens
 from linvis_ops.testing import bi_gla_inputs, retention_inputs
@@ -175,3 +175,18 @@ def _fla_retention(
 # The causal retention of fla-core. Its decays are those of RetNet, 1 - 2^-5 for the first head and
 # nearer to 1 for each that follows.
 FLA_RETENTION = Rival('fla_retention', _fla_retention)
+
+
+def _torch_layer_norm(
+    shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]
+) -> Runnable:
+    channels = shape['C']
+    x = torch.randn(shape['B'], shape['T'], channels, dtype=dtype, device=device).requires_grad_()
+    weight, bias = (
+        torch.rand(channels, dtype=dtype, device=device).requires_grad_() for _ in range(2)
+    )
+    return Function(lambda: layer_norm(x, (channels,), weight, bias), (x, weight, bias))
+
+
+# That of PyTorch, with weights in the dtype of x.
+TORCH_LAYER_NORM = Rival('torch_layer_norm', _torch_layer_norm)

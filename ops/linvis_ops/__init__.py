@@ -12,6 +12,7 @@ from linvis_ops._dispatch import (
 )
 from linvis_ops.bi_gla import bi_gla
 from linvis_ops.bi_wkv import bi_wkv
+from linvis_ops.layer_norm import layer_norm
 from linvis_ops.ms_deform_attn import ms_deform_attn
 from linvis_ops.q_shift import q_shift
 from linvis_ops.q_shift_mix import q_shift_mix
@@ -23,6 +24,7 @@ __all__ = [
     'bi_gla',
     'bi_wkv',
     'default_backend',
+    'layer_norm',
     'ms_deform_attn',
     'operators',
     'q_shift',

@@ -20,6 +20,15 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
             raise TypeError(f'{op}: {name} must be a tensor, got {type(tensor).__name__}.')
 
 
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raise TypeError unless every tensor is of a floating dtype that operators take."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TOKEN_DTYPES:
+            raise TypeError(
+                f'{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
+            )
+
+
 def check_tokens(op: str, **tensors: Tensor) -> None:
     """Raise unless all tensors are (B, T, C) of one shape, dtype and device, not empty."""
     names = list(tensors)
@@ -29,10 +38,7 @@ def check_tokens(op: str, **tensors: Tensor) -> None:
             raise ValueError(f'{op}: {name} must be (B, T, C), got {shape_text(tensor)}.')
         if tensor.numel() == 0:
             raise ValueError(f'{op}: {name} must not be empty, got {shape_text(tensor)}.')
-        if tensor.dtype not in TOKEN_DTYPES:
-            raise TypeError(
-                f'{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
-            )
+        check_floating(op, **{name: tensor})
     for name in names[1:]:
         tensor = tensors[name]
         if tensor.shape != first.shape:
@@ -63,10 +69,7 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f'{op}: {name} must be (B, T, H, {width}), got {shape_text(tensor)}.')
         if tensor.numel() == 0:
             raise ValueError(f'{op}: {name} must not be empty, got {shape_text(tensor)}.')
-        if tensor.dtype not in TOKEN_DTYPES:
-            raise TypeError(
-                f'{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
-            )
+        check_floating(op, **{name: tensor})
         if tensor.dtype != q.dtype:
             raise TypeError(
                 f'{op}: q and {name} must have one dtype, got {q.dtype} and {tensor.dtype}.'

@@ -5,7 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from linvis_ops import available_backends, bi_gla, bi_wkv, q_shift, q_shift_mix, retention
+from linvis_ops import (
+    available_backends,
+    bi_gla,
+    bi_wkv,
+    layer_norm,
+    q_shift,
+    q_shift_mix,
+    retention,
+)
 from linvis_ops.testing import bi_gla_inputs, bi_wkv_inputs, gradients, retention_inputs
 
 BF16 = torch.bfloat16
@@ -28,6 +36,11 @@ def mixes(x, *mus, backend):
     return torch.cat(q_shift_mix(x, (x.shape[1] // 10, 10), mus, backend=backend), -1)
 
 
+def norm_inputs(batch, tokens, device):
+    weights = [torch.rand(64, device=device).requires_grad_() for _ in range(2)]
+    return *tokens_of(batch, tokens, device), *weights
+
+
 def retention_inputs_of(batch, tokens, device):
     return retention_inputs(batch, tokens, 3, 64, 64, BF16, device)
 
@@ -42,6 +55,7 @@ def retention_2d(*tensors, backend):
 OPERATORS = {
     'bi_wkv': ('bi_wkv', bi_wkv, lambda b, t, device: bi_wkv_inputs(b, t, 64, BF16, device)),
     'bi_gla': ('bi_gla', bi_gla, lambda b, t, device: bi_gla_inputs(b, t, 3, 32, 64, BF16, device)),
+    'layer_norm': ('layer_norm', layer_norm, norm_inputs),
     'q_shift': ('q_shift', shifted, tokens_of),
     'q_shift_mix': ('q_shift_mix', mixes, mix_inputs),
     'retention': ('retention', retention, retention_inputs_of),

@@ -111,6 +111,42 @@ def test_q_shift(compiled):
     assert compiled == ['q_shift_kernel']
 
 
+def launch_layer_norm(tokens, channels, dtype, of=torch.float32, centred=True):
+    from linvis_ops.layer_norm import kernels_triton
+
+    x, weight = torch.zeros(tokens, channels, dtype=dtype), torch.zeros(channels)
+    y = kernels_triton.layer_norm_forward(x, weight, weight if centred else None, 1e-6, centred, of)
+    kernels_triton.layer_norm_backward(y, x, weight, 1e-6, centred)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+def test_layer_norm(compiled, dtype):
+    for channels, centred in ((7, True), (1000, False)):
+        launch_layer_norm(5, channels, dtype, centred=centred)
+    assert (
+        compiled
+        == [f'{name}_kernel' for name in ('layer_norm_fwd', 'layer_norm_bwd', 'sum_rows')] * 2
+    )
+
+
+@pytest.mark.parametrize('channels', [32, 96, 768])
+def test_layer_norm_moves_16_bytes_at_a_time(kernels, channels):
+    launch_layer_norm(300, channels, torch.bfloat16, torch.bfloat16)
+    for name, kernel in kernels[:2]:
+        lines = kernel.asm['ptx'].splitlines()
+        wide = [line for line in lines if '.global' in line and '.v4.b32' in line]
+        assert [line for line in wide if 'ld.' in line], name
+        assert [line for line in wide if 'st.' in line], name
+        assert not any('.global.b16' in line for line in lines), name
+
+
+def test_layer_norm_compiles_once_for_all_sizes(kernels):
+    for tokens in (1, 40, 3136, 50_000):
+        launch_layer_norm(tokens, 32, torch.bfloat16)
+    variants = {(name, kernel.hash) for name, kernel in kernels}
+    assert len(variants) == len({name for name, _ in variants}) == 3
+
+
 @pytest.fixture
 def kernels(compiled, monkeypatch):
     """Pairs of name and compiled kernel of all launches."""

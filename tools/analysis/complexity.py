@@ -67,7 +67,7 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
     model.eval()
     formulas: dict[Any, Any] = {torch.ops.linvis.bi_gla_fwd: _bi_gla_flops}
     if not any(isinstance(module, ViG | ViGHierarchical) for module in model.modules()):
-        formulas[torch.ops.aten.native_layer_norm] = _layer_norm_flops
+        formulas[torch.ops.linvis.layer_norm_fwd] = _layer_norm_flops
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
         features(torch.empty(1, 3, height, width, device=device))
     macs = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linvis.models.backbones.backbone import Backbone
 from linvis.models.layers.featmap import to_featmap, to_tokens
-from linvis.models.layers.norm import LayerNorm2d
+from linvis.models.layers.norm import LayerNorm, LayerNorm2d
 from linvis.models.layers.patch_embed import conv_stem
 
 STEM_STRIDE = 4
@@ -106,7 +106,7 @@ class HierarchicalBackbone(Backbone):
             for blocks, dims in zip(stages, channels, strict=True)
         )
         for index in sorted(self.out_indices):
-            self.add_module(_norm_name(index), nn.LayerNorm(channels[index]))
+            self.add_module(_norm_name(index), LayerNorm(channels[index]))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=INITIAL_STD)

@@ -96,7 +96,7 @@ class ViG(TokenBackbone):
         blocks = [
             PreNormBlock(
                 drop_path_rate * index / max(depth - 1, 1),
-                attn_norm=RMSNorm(embed_dims),
+                attn_norm=RMSNorm(embed_dims, cast_output=True),
                 attn=GatedLinearAttention(
                     embed_dims,
                     settings['num_heads'],
@@ -104,7 +104,7 @@ class ViG(TokenBackbone):
                     out_act=settings['out_act'],
                     backend=backend,
                 ),
-                mlp_norm=RMSNorm(embed_dims),
+                mlp_norm=RMSNorm(embed_dims, cast_output=True),
                 mlp=SwiGLU(embed_dims, HIDDEN_MULTIPLE, ('gate_proj', 'down_proj')),
             )
             for index in range(depth)

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from torch import nn
-
 from linvis.models.backbones.arch import check_backend, settings_of
 from linvis.models.backbones.hierarchical_backbone import HierarchicalBackbone, widths
 from linvis.models.layers.gated_linear_attention import GatedLinearAttention
+from linvis.models.layers.norm import LayerNorm
 from linvis.models.layers.pre_norm_block import PreNormBlock
 from linvis.models.layers.swiglu import SwiGLU
 from linvis.registry import MODELS
@@ -86,11 +85,11 @@ class ViGHierarchical(HierarchicalBackbone):
             [
                 PreNormBlock(
                     drop_step * next(index),
-                    norm=nn.LayerNorm(dims),
+                    norm=LayerNorm(dims, cast_output=True),
                     op=GatedLinearAttention(
                         dims, heads, conv_act=False, out_act=False, backend=backend
                     ),
-                    norm2=nn.LayerNorm(dims),
+                    norm2=LayerNorm(dims, cast_output=True),
                     mlp=SwiGLU(dims, HIDDEN_MULTIPLE, ('fc1', 'fc2')),
                 )
                 for _ in range(depth)

@@ -13,6 +13,7 @@ from linvis.models.backbones.vir_stream import stream_features
 from linvis.models.layers.featmap import to_featmap
 from linvis.models.layers.layer_scale import LayerScale
 from linvis.models.layers.mlp import mlp
+from linvis.models.layers.norm import LayerNorm
 from linvis.models.layers.patch_embed import PatchEmbed
 from linvis.models.layers.position import resize_position_embedding_rows
 from linvis.models.layers.pre_norm_block import PreNormBlock
@@ -109,7 +110,7 @@ class ViR(TokenBackbone):
         blocks = [
             PreNormBlock(
                 drop_path_rate * index / max(depth - 1, 1),
-                norm1=nn.LayerNorm(embed_dims, EPS),
+                norm1=LayerNorm(embed_dims, EPS, cast_output=True),
                 retention=Retention(
                     embed_dims,
                     settings['num_heads'],
@@ -118,7 +119,7 @@ class ViR(TokenBackbone):
                     backend=backend,
                 ),
                 ls1=LayerScale(embed_dims, layer_scale_init),
-                norm2=nn.LayerNorm(embed_dims, EPS),
+                norm2=LayerNorm(embed_dims, EPS, cast_output=True),
                 mlp=mlp(embed_dims),
                 ls2=LayerScale(embed_dims, layer_scale_init),
             )
@@ -127,7 +128,7 @@ class ViR(TokenBackbone):
         super().__init__(
             patch_embed=PatchEmbed(in_channels, embed_dims, patch_size, name='proj'),
             layers=blocks,
-            final_norm=nn.LayerNorm(embed_dims, EPS),
+            final_norm=LayerNorm(embed_dims, EPS),
             img_size=img_size,
             embed_dims=embed_dims,
             out_indices=out_indices,

@@ -10,6 +10,7 @@ from linvis.models.backbones.arch import check_backend, settings_of
 from linvis.models.backbones.hierarchical_backbone import HierarchicalBackbone, widths
 from linvis.models.layers.conv_block import ConvBlock
 from linvis.models.layers.mlp import mlp
+from linvis.models.layers.norm import LayerNorm
 from linvis.models.layers.pre_norm_block import PreNormBlock
 from linvis.models.layers.retention import Retention
 from linvis.registry import MODELS
@@ -100,11 +101,11 @@ class HybridViR(HierarchicalBackbone):
             [
                 PreNormBlock(
                     next(drops),
-                    norm1=nn.LayerNorm(channels, EPS),
+                    norm1=LayerNorm(channels, EPS, cast_output=True),
                     retention=Retention(
                         channels, heads, decay=retention, direction=direction, backend=backend
                     ),
-                    norm2=nn.LayerNorm(channels, EPS),
+                    norm2=LayerNorm(channels, EPS, cast_output=True),
                     mlp=mlp(channels),
                 )
                 for _ in range(depth)

@@ -3,12 +3,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from linvis.models.backbones.arch import check_backend, settings_of
 from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.layers.block import MixerBlock
 from linvis.models.layers.channel_mix import ChannelMix
+from linvis.models.layers.norm import LayerNorm
 from linvis.models.layers.patch_embed import PatchEmbed
 from linvis.models.layers.spatial_mix import SpatialMix
 from linvis.registry import MODELS
@@ -111,7 +110,7 @@ class VRWKV(TokenBackbone):
         super().__init__(
             patch_embed=PatchEmbed(in_channels, embed_dims, patch_size),
             layers=layers,
-            final_norm=nn.LayerNorm(embed_dims),
+            final_norm=LayerNorm(embed_dims),
             img_size=img_size,
             embed_dims=embed_dims,
             out_indices=out_indices,

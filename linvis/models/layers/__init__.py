@@ -4,7 +4,7 @@ from linvis.models.layers.conv_block import ConvBlock
 from linvis.models.layers.featmap import to_featmap, to_tokens
 from linvis.models.layers.gated_linear_attention import GatedLinearAttention
 from linvis.models.layers.layer_scale import LayerScale
-from linvis.models.layers.norm import LayerNorm2d, RMSNorm
+from linvis.models.layers.norm import LayerNorm, LayerNorm2d, RMSNorm
 from linvis.models.layers.patch_embed import ConvPatchEmbed, PatchEmbed, conv_stem
 from linvis.models.layers.position import resize_position_embedding
 from linvis.models.layers.pre_norm_block import PreNormBlock
@@ -17,6 +17,7 @@ __all__ = [
     'ConvBlock',
     'ConvPatchEmbed',
     'GatedLinearAttention',
+    'LayerNorm',
     'LayerNorm2d',
     'LayerScale',
     'MixerBlock',

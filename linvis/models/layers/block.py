@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from linvis.models.layers.norm import LayerNorm
+
 
 class MixerBlock(nn.Module):
     """Residual layer of a token mixer and a channel mixer, with layer scale and drop path.
@@ -40,9 +42,9 @@ class MixerBlock(nn.Module):
         else:
             self.gamma1 = nn.Parameter(torch.full((embed_dims,), layer_scale_init))
             self.gamma2 = nn.Parameter(torch.full((embed_dims,), layer_scale_init))
-        self.ln0 = nn.LayerNorm(embed_dims) if input_norm else nn.Identity()
-        self.ln1 = nn.LayerNorm(embed_dims)
-        self.ln2 = nn.LayerNorm(embed_dims)
+        self.ln0 = LayerNorm(embed_dims) if input_norm else nn.Identity()
+        self.ln1 = LayerNorm(embed_dims, cast_output=not post_norm)
+        self.ln2 = LayerNorm(embed_dims, cast_output=not post_norm)
         self.drop_path = StochasticDepth(drop_path, 'row')
         self.att = att
         self.ffn = ffn

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from linvis.models.layers.norm import LayerNorm
 from linvis.models.layers.token_shift import mixing_ramp, shift_and_mix
 
 
@@ -41,7 +42,7 @@ class ChannelMix(nn.Module):
 
         hidden = hidden_rate * embed_dims
         self.key = nn.Linear(embed_dims, hidden, bias=False)
-        self.key_norm = nn.LayerNorm(hidden) if key_norm else nn.Identity()
+        self.key_norm = LayerNorm(hidden, cast_output=True) if key_norm else nn.Identity()
         self.receptance = nn.Linear(embed_dims, embed_dims, bias=False)
         self.value = nn.Linear(hidden, embed_dims, bias=False)
 

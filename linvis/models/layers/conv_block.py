@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from linvis.models.layers.featmap import to_featmap, to_tokens
+from linvis.models.layers.norm import LayerNorm
 
 
 class ConvBlock(nn.Module):
@@ -18,7 +19,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, embed_dims: int, drop_path: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(embed_dims)
+        self.norm = LayerNorm(embed_dims, cast_output=True)
         self.conv1 = nn.Conv2d(embed_dims, embed_dims, 3, padding=1)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(embed_dims, embed_dims, 3, padding=1)

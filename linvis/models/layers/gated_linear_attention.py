@@ -66,8 +66,8 @@ class GatedLinearAttention(nn.Module):
             nn.Linear(GATE_RANK, 2 * self.key_dims),
         )
         self.g_proj = nn.Linear(embed_dims, embed_dims)
-        self.g_norm = RMSNorm(head_dims)
-        self.l_norm = RMSNorm(head_dims)
+        self.g_norm = RMSNorm(head_dims, cast_output=True)
+        self.l_norm = RMSNorm(head_dims, cast_output=True)
         self.out_act = nn.SiLU() if out_act else nn.Identity()
         self.o_proj = nn.Linear(embed_dims, embed_dims, bias=False)
         for module in self.modules():

@@ -1,32 +1,60 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from linvis.models.layers.precision import autocast_dtype
+from linvis_ops import layer_norm
+
+
+def _dtype_of_result(x: Tensor, cast_output: bool) -> torch.dtype | None:
+    lower = autocast_dtype(x)
+    return lower if lower is None or cast_output else torch.float32
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, by `linvis_ops.layer_norm`.
+
+    Args:
+        dims: Size of the last dimension.
+        eps: Added to the variance.
+        cast_output: Under autocast, round the result to the dtype that linear layers and
+            convolutions compute in: for norms in front of these. Otherwise the result is float32
+            then, as that of PyTorch's norms.
+    """
+
+    def __init__(self, dims: int, eps: float = 1e-5, *, cast_output: bool = False) -> None:
+        super().__init__(dims, eps)
+        self.cast_output = cast_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, shape (..., dims)."""
+        dtype = _dtype_of_result(x, self.cast_output)
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x.
-
-    Autocast would have it compute and write float32, whatever it is given; here it reads and writes
-    the dtype of x, and sums in float32.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, by `linvis_ops.layer_norm`.
 
     Args:
         dims: Size of the last dimension.
         eps: Added to the mean square.
+        cast_output: As of `LayerNorm`.
     """
 
-    def __init__(self, dims: int, eps: float = 1e-6) -> None:
+    eps: float
+
+    def __init__(self, dims: int, eps: float = 1e-6, *, cast_output: bool = False) -> None:
         super().__init__(dims, eps=eps)
+        self.cast_output = cast_output
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, shape (..., dims)."""
-        # there is no autocast for the meta device, where any other can stand for it
-        with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        dtype = _dtype_of_result(x, self.cast_output)
+        return layer_norm(x, self.weight, None, self.eps, centred=False, dtype=dtype)
 
 
-class LayerNorm2d(nn.LayerNorm):
+class LayerNorm2d(LayerNorm):
     """LayerNorm over the channels of every position of a map (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:

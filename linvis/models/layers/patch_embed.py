@@ -113,7 +113,7 @@ def conv_stem(
     hidden, stride = embed_dims // 2, patch_size // 2
     return (
         nn.Conv2d(in_channels, hidden, stride + 1, stride=stride, padding=1),
-        LayerNorm2d(hidden),
+        LayerNorm2d(hidden, cast_output=True),
         activation,
         nn.Conv2d(hidden, embed_dims, 3, stride=2, padding=1),
         LayerNorm2d(embed_dims),

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from linvis.models.layers.norm import LayerNorm
 from linvis.models.layers.token_shift import mixing_ramp, shift_and_mix
 from linvis_ops import bi_wkv
 
@@ -51,7 +52,7 @@ class SpatialMix(nn.Module):
         self.key = nn.Linear(embed_dims, embed_dims, bias=False)
         self.value = nn.Linear(embed_dims, embed_dims, bias=False)
         self.receptance = nn.Linear(embed_dims, embed_dims, bias=False)
-        self.key_norm = nn.LayerNorm(embed_dims) if key_norm else nn.Identity()
+        self.key_norm = LayerNorm(embed_dims, cast_output=True) if key_norm else nn.Identity()
         self.output = nn.Linear(embed_dims, embed_dims, bias=False)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linvis.models.layers.precision import autocast_dtype
 from linvis_ops import q_shift_mix
 
 
@@ -23,12 +24,7 @@ def shift_and_mix(
     """
     # the operator takes them in float32, even in a model of lower precision
     weights = tuple(mu.flatten().to(torch.promote_types(x.dtype, torch.float32)) for mu in mus)
-    device = x.device.type
-    dtype = None
-    # the meta device cannot be asked whether autocast is enabled
-    if not x.is_meta and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device) if x.dtype != torch.float64 else None
-    return q_shift_mix(x, hw, weights, dtype=dtype, backend=backend)
+    return q_shift_mix(x, hw, weights, dtype=autocast_dtype(x), backend=backend)
 
 
 def mixing_ramp(channels: int, power: float) -> Tensor:

@@ -1,0 +1,3 @@
+from linvis_ops.layer_norm.interface import layer_norm
+
+__all__ = ['layer_norm']

@@ -1,0 +1,242 @@
+"""The norm over channels: definition, backends, registration, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linvis_ops import BackendUnavailableError, available_backends, layer_norm
+from linvis_ops._triton import interpreting
+from linvis_ops.layer_norm.op import layer_norm_bwd, layer_norm_fwd
+from linvis_ops.testing import assert_matches, gradients
+
+F64 = torch.float64
+DTYPES = {'f32': torch.float32, 'f16': torch.float16, 'bf16': torch.bfloat16}
+NAMES = ('dx', 'dweight', 'dbias')
+BACKENDS = [
+    pytest.param('torch', 'cpu', id='torch-cpu'),
+    pytest.param(
+        'triton',
+        'cpu',
+        marks=pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1'),
+        id='triton-interpreter',
+    ),
+    pytest.param('triton', 'cuda', marks=pytest.mark.gpu, id='triton-cuda'),
+]
+CENTRED = pytest.mark.parametrize('centred', [True, False], ids=['layer', 'rms'])
+SHAPES = [(1, 4), (3, 3), (2, 5, 16), (33, 32), (2, 3, 4, 32), (7, 96), (300, 40), (5, 192)]
+
+
+def inputs(shape, dtype=torch.float32, device='cpu', *, bias=True, offset=0.5):
+    """x, weight and bias, which require gradients."""
+    wide = F64 if dtype == F64 else torch.float32
+    x = (torch.randn(shape, dtype=wide) + offset).to(dtype)
+    weights = [1 + torch.rand(shape[-1], dtype=wide), torch.randn(shape[-1], dtype=wide)]
+    return [t.to(device).requires_grad_() for t in (x, *weights[: 1 + bias])]
+
+
+def both_passes(tensors, gy, **kwargs):
+    y = layer_norm(*tensors, **kwargs)
+    return y.detach(), *gradients(y, tensors, gy)
+
+
+# Definition
+
+
+def test_definition_by_hand():
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0]])
+    weight, bias = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])
+    y = layer_norm(x, weight, bias, 1 / 3, backend='reference')  # the variance is 2 / 3
+    torch.testing.assert_close(y, torch.tensor([[-1.0, 1, 1], [0, 1, 0]]))
+    y = layer_norm(x[1:], weight, None, 9.0, False, backend='reference')
+    torch.testing.assert_close(y, torch.tensor([[0.8, 1.6, 0.8]]))
+
+
+@CENTRED
+def test_definition_is_that_of_pytorch(centred):
+    x, weight, bias = inputs((4, 5, 7), F64)
+    y = layer_norm(x, weight, bias, 1e-3, centred, backend='reference')
+    if centred:
+        expected = F.layer_norm(x, (7,), weight, bias, 1e-3)
+    else:
+        expected = F.rms_norm(x, (7,), weight, 1e-3) + bias
+    torch.testing.assert_close(y, expected)
+
+
+@CENTRED
+@pytest.mark.parametrize('backend', ['reference', 'torch'])
+@pytest.mark.parametrize('bias', [False, True])
+def test_right_derivatives(backend, bias, centred):
+    tensors = inputs((2, 3, 5), F64, bias=bias)
+
+    def function(*tensors):
+        return layer_norm(*tensors, eps=1e-3, centred=centred, backend=backend)
+
+    assert torch.autograd.gradcheck(function, tensors)
+    if backend == 'reference':
+        assert torch.autograd.gradgradcheck(function, tensors)
+
+
+# Backends
+
+
+@CENTRED
+@pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_matches_float64(backend, device, shape, dtype, centred):
+    tensors = inputs(shape, dtype, device)
+    gy = torch.randn(shape).to(device, dtype)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    reference, plain, result = (
+        both_passes(t, gy, centred=centred, backend=b)
+        for t, b in ((exact, 'reference'), (tensors, 'reference'), (tensors, backend))
+    )
+    for name, a, p, e in zip(('y', *NAMES), result, plain, reference, strict=True):
+        assert a.is_contiguous()
+        assert_matches(name, a, e, p, dtype)
+    assert result[0].dtype == result[1].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype'),
+    [
+        ((20_000, 96), torch.bfloat16),
+        ((3, 3136, 32), torch.float32),
+        ((10, 1000), torch.float16),
+        ((3, 8192), torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.gpu
+def test_matches_float64_at_real_sizes(shape, dtype):
+    tensors = inputs(shape, dtype, 'cuda')
+    gy = torch.randn(shape).to('cuda', dtype)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    reference = both_passes(exact, gy, backend='reference')
+    plain = both_passes(tensors, gy, backend='reference')
+    result = both_passes(tensors, gy, backend='triton')
+    for name, a, p, e in zip(('y', *NAMES), result, plain, reference, strict=True):
+        assert_matches(name, a, e, p, dtype)
+    again = both_passes(tensors, gy, backend='triton')
+    assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_far_from_zero(backend, device):
+    """A variance from mean squares would lose its digits."""
+    tensors = inputs((5, 64), device=device, offset=1000.0)
+    gy = torch.randn(5, 64, device=device)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    reference, result = (
+        both_passes(t, gy, backend=b) for t, b in ((exact, 'reference'), (tensors, backend))
+    )
+    for a, e in zip(result, reference, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(('backend', 'device'), [*BACKENDS, ('reference', 'cpu')])
+def test_result_of_another_dtype_is_rounded_once(backend, device):
+    tensors = inputs((6, 16), device=device)
+    y = layer_norm(*tensors, dtype=torch.bfloat16, backend=backend)
+    assert y.dtype == torch.bfloat16
+    full = layer_norm(*tensors, backend=backend)
+    torch.testing.assert_close(y, full.to(torch.bfloat16))
+    y.backward(torch.randn_like(y))
+    assert [t.grad.dtype for t in tensors] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_weights_of_low_precision_get_gradients_of_theirs(backend, device):
+    x, weight, bias = inputs((6, 16), torch.bfloat16, device)
+    weights = [t.detach().bfloat16().requires_grad_() for t in (weight, bias)]
+    y = layer_norm(x, *weights, backend=backend)
+    y.sum().backward()
+    assert [t.grad.dtype for t in (x, *weights)] == [torch.bfloat16] * 3
+    torch.testing.assert_close(weights[1].grad, torch.full_like(weights[1], 6))
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_takes_tensors_that_are_not_contiguous(backend, device):
+    x, weight, bias = (t.detach() for t in inputs((6, 5, 32), device=device))
+    view = x.transpose(0, 1)[:, ::2, :16]
+    weight, bias = weight[::2], bias[::2]
+    y = layer_norm(view, weight, bias, backend=backend)
+    expected = layer_norm(view.contiguous(), weight, bias, backend='reference')
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+@pytest.mark.parametrize('channels', [1, 8])
+def test_equal_channels_give_the_bias(backend, device, channels):
+    x = torch.full((3, channels), 7.0, device=device).requires_grad_()
+    _, weight, bias = (t.detach() for t in inputs((3, channels), device=device))
+    y = layer_norm(x, weight, bias, backend=backend)
+    torch.testing.assert_close(y, bias.expand(3, channels))
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert channels > 1 or not x.grad.any()
+
+
+def test_autocast_does_not_touch_the_arithmetic():
+    tensors = [t.detach() for t in inputs((6, 16), torch.bfloat16)]
+    for backend in ('torch', 'reference'):
+        expected = layer_norm(*tensors, backend=backend)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            y = layer_norm(*tensors, backend=backend)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected)
+
+
+# Registration
+
+
+@CENTRED
+def test_operators_are_registered_right(centred):
+    x, weight, bias = inputs((2, 3, 8))
+    arguments = (x, weight, bias, 1e-6, centred, torch.bfloat16, 'torch')
+    torch.library.opcheck(layer_norm_fwd, arguments)
+    given = (torch.randn(2, 3, 8), x.detach(), weight.detach(), 1e-6, centred, 'torch')
+    torch.library.opcheck(layer_norm_bwd, given)
+
+
+def test_compiles_without_recompiling_for_a_new_size():
+    compiled = torch.compile(
+        lambda *t: 2 * layer_norm(*t), backend='aot_eager', fullgraph=True, dynamic=True
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (4, 7, 20):
+            tensors = inputs((2, tokens, 8))
+            torch.testing.assert_close(compiled(*tensors), 2 * layer_norm(*tensors))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('changed', 'error', 'message'),
+    [
+        ({'x': torch.ones(2, 0)}, ValueError, r'not empty, got \(2, 0\)'),
+        ({'x': torch.tensor(1.0)}, ValueError, r'x must be \(\.\.\., C\)'),
+        ({'x': torch.ones(2, 8, dtype=torch.int32)}, TypeError, r'x must be float32.*int32'),
+        ({'x': [1.0]}, TypeError, 'x must be a tensor, got list'),
+        ({'weight': torch.ones(7)}, ValueError, r'weight must be \(8,\), got \(7,\)'),
+        ({'bias': torch.ones(1, 8)}, ValueError, r'bias must be \(8,\), got \(1, 8\)'),
+        ({'bias': torch.ones(8, device='meta')}, ValueError, 'one device'),
+        ({'eps': '1e-6'}, TypeError, "eps must be a number, got '1e-6'"),
+        ({'dtype': torch.int8}, TypeError, 'dtype must be a floating dtype, got torch.int8'),
+        ({'backend': 'cuda'}, BackendUnavailableError, "no backend 'cuda'"),
+    ],
+)
+def test_bad_input_is_named(changed, error, message):
+    given = {'x': torch.ones(2, 8), 'weight': torch.ones(8), 'bias': torch.ones(8)} | changed
+    with pytest.raises(error, match=message):
+        layer_norm(**given)
+
+
+@pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
+def test_kernels_say_what_they_do_not_take():
+    reason = available_backends('layer_norm', torch.ones(2, 9000), torch.ones(9000))['triton']
+    assert reason == 'its kernels take up to 8192 channels, not 9000'
+    reason = available_backends('layer_norm', torch.ones(2, 4, dtype=F64))['triton']
+    assert 'float64' in reason
