@@ -43,8 +43,8 @@ class MixerBlock(nn.Module):
             self.gamma1 = nn.Parameter(torch.full((embed_dims,), layer_scale_init))
             self.gamma2 = nn.Parameter(torch.full((embed_dims,), layer_scale_init))
         self.ln0 = LayerNorm(embed_dims) if input_norm else nn.Identity()
-        self.ln1 = LayerNorm(embed_dims, cast_output=not post_norm)
-        self.ln2 = LayerNorm(embed_dims, cast_output=not post_norm)
+        self.ln1 = LayerNorm(embed_dims, cast_output=True)
+        self.ln2 = LayerNorm(embed_dims, cast_output=True)
         self.drop_path = StochasticDepth(drop_path, 'row')
         self.att = att
         self.ffn = ffn
