@@ -121,6 +121,16 @@ def test_header_says_what_is_expected_and_how_to_run_it(path):
 
 
 @each_config
+def test_learning_rate_falls_until_the_last_iteration(path):
+    cfg = _config_of(path)
+    if 'max_iters' not in cfg.train_cfg:
+        return  # some recipes cool down for their last epochs
+    *warmup, decay = cfg.param_scheduler
+    assert decay.end == cfg.train_cfg.max_iters
+    assert all(item.end <= decay.end / 10 for item in warmup)
+
+
+@each_config
 def test_curves_go_to_tensorboard_and_checkpoints_are_pruned(path):
     cfg = _config_of(path)
     kinds = {backend.type for backend in cfg.visualizer.vis_backends}

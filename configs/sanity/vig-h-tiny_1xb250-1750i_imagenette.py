@@ -5,10 +5,10 @@ Data: data/imagenette/{train,val}/<wnid>/*.jpg, here a sample of 200 + 50 pictur
 Hardware: one GPU. Time: not measured yet.
 Expected: at least 75 % top-1 on the validation pictures; not measured yet.
 
-    python tools/train.py configs/sanity/vig-h-tiny_1xb250-3500i_imagenette.py
+    python tools/train.py configs/sanity/vig-h-tiny_1xb250-1750i_imagenette.py
 """
 
-_base_ = './_base_/imagenette.py'
+_base_ = './_base_/imagenette-1750i.py'
 
 model = dict(
     backbone=dict(

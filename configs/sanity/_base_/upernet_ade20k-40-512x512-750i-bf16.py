@@ -1,0 +1,12 @@
+"""UperNet on 40 pictures of ADE20K: half of the iterations, in mixed precision with bfloat16."""
+
+_base_ = './upernet_ade20k-40-512x512.py'
+
+max_iters = _base_.max_iters // 2
+warmup = _base_.warmup // 2
+param_scheduler = [
+    dict(_base_.param_scheduler[0], end=warmup),
+    dict(_base_.param_scheduler[1], begin=warmup, end=max_iters),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16')
