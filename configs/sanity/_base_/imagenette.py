@@ -34,7 +34,7 @@ train_pipeline = [
     dict(type='linvis.LoadGuard', transforms=[dict(type='LoadImageFromFile')]),
     # first: these pictures are smaller than their crops at 224 px, and OpenCV is slow on the views
     # of negative stride that flips return
-    dict(type='linvis.ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
+    dict(type='mmpretrain.ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
     dict(type='mmpretrain.RandomResizedCrop', scale=224, crop_ratio_range=(0.25, 1.0)),
     dict(type='mmpretrain.RandomFlip', prob=0.5),
     dict(type='mmpretrain.PackInputs', meta_keys=()),
