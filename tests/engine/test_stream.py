@@ -25,9 +25,7 @@ BACKBONE = """dict(
         type='linvis.ViR', arch=dict(embed_dims=16, depth=2, num_heads=2), img_size=32,
         patch_size=8, retention='2d', layer_scale_init=1.0, out_type='{out_type}',
     )"""
-SEGMENTOR_CONFIG = (
-    ROOT / 'configs/quickstart/fcn_vir-micro-causal_1xb4-250i_mini-ade-256x256.py'
-)
+SEGMENTOR_CONFIG = ROOT / 'configs/quickstart/fcn_vir-micro-causal_1xb4-250i_mini-ade-256x256.py'
 PREPROCESSOR = 'mean=[120.0, 110.0, 100.0], std=[60.0, 50.0, 40.0]'
 CLASSIFIER = f"""
 default_scope = 'mmpretrain'
