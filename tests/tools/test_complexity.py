@@ -1,7 +1,10 @@
 import pytest
 import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS
 
-from linvis.models import VRWKV, ViG, ViGHierarchical
+from linvis.models import VRWKV, ViG, ViGHierarchical, ViR
 from tools.analysis.complexity import main, measure
 
 
@@ -34,6 +37,40 @@ def test_macs_of_vig_are_those_of_projections_convolutions_and_operator():
     assert len(complexity.macs) == 4
 
 
+@pytest.mark.parametrize(
+    ('retention', 'direction', 'macs_of_state'),
+    [
+        ('1d', 'causal', 3),
+        ('1d', 'bidirectional', 2 * 3),
+        ('2d', 'causal', 4),
+        ('2d', 'bidirectional', 2 * 4),
+    ],
+)
+def test_macs_of_vir_are_those_of_projections_patches_operator_and_norms(
+    retention, direction, macs_of_state
+):
+    channels, heads, patches, depth = 16, 2, 6, 2
+    arch = {'embed_dims': channels, 'depth': depth, 'num_heads': heads}
+    complexity = measure(ViR(arch, retention=retention, direction=direction), 32, 48)
+    tokens = patches + 1  # the class token
+    # queries, keys, values, output; two layers of the mlp with four times the width
+    assert complexity.macs['aten.addmm'] == depth * tokens * channels**2 * (3 + 1 + 8)
+    assert complexity.macs['aten.convolution'] == patches * channels * 3 * 16**2
+    state = heads * (channels // heads) ** 2
+    assert complexity.macs['linvis.retention_fwd'] == depth * tokens * state * macs_of_state
+    assert complexity.macs['aten.native_layer_norm'] == (2 * depth + 1) * tokens * channels * 5
+    assert len(complexity.macs) == 4
+
+
+def test_operator_counts_the_same_for_any_backend_and_is_linear_in_the_tokens():
+    arch = {'embed_dims': 16, 'depth': 1, 'num_heads': 2}
+    macs = [
+        measure(ViR(arch, backend=backend), 16 * rows, 64).macs['linvis.retention_fwd']
+        for backend, rows in (('auto', 4), ('torch', 4), ('auto', 8))
+    ]
+    assert macs[0] == macs[1] == 17 * macs[2] / 33
+
+
 def test_norms_of_vig_are_not_counted():
     arch = {'embed_dims': 16, 'depths': (1, 1), 'num_heads': (1, 2)}
     assert 'linvis.layer_norm_fwd' not in measure(ViGHierarchical(arch), 32, 48).macs
@@ -55,7 +92,11 @@ def test_arch_of_the_command_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ('backbone', 'totals'),
-    [('ViG', ['5.6415', '1.1965']), ('ViGHierarchical', ['27.8317', '4.5371'])],
+    [
+        ('ViG', ['5.6415', '1.1965']),
+        ('ViGHierarchical', ['27.8317', '4.5371']),
+        ('HybridViR', ['32.2787', '4.6275']),
+    ],
 )
 def test_backbone_of_the_command_line(monkeypatch, capsys, backbone, totals):
     monkeypatch.setattr('sys.argv', ['complexity.py', '--backbone', backbone, '--arch', 'tiny'])
@@ -68,6 +109,18 @@ def test_unknown_arch_is_named(monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['complexity.py', '--backbone', 'ViG', '--arch', 'large'])
     assert main() == 1
     assert "one of tiny, small, base or a dict, got 'large'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('family', ['vig', 'vir'])
+def test_metafile_has_the_figures_of_the_backbones(family, project):
+    models = yaml.safe_load((project / 'configs' / family / 'metafile.yml').read_text())['Models']
+    classifiers = [model for model in models if 'FLOPs' in model['Metadata']]
+    assert len(classifiers) >= 6
+    for model in classifiers:
+        with torch.device('meta'):
+            backbone = MODELS.build(Config.fromfile(project / model['Config']).model.backbone)
+        macs = sum(measure(backbone, 224, 224).macs.values())
+        assert round(macs / 1e6) * 10**6 == model['Metadata']['FLOPs'], model['Name']
 
 
 CONFIG = """

@@ -5,12 +5,16 @@
 
 Convention: one multiply-accumulate (MAC) counts once, as in most papers, where it is called a FLOP;
 PyTorch's counter counts two operations, so its numbers are halved. Counted are convolutions,
-matrix products, and the operators of this project: Bi-WKV by its formula (13 operations per token
-and channel in the forward pass), gated linear attention by 3 MACs per token, direction and element
-of the state (decay, update, query). LayerNorm counts 5 for each element, which is the rule of
-fvcore and what brings VRWKV-L to its published number; in ViG and ViG-H norms are not counted.
-Activations and other pointwise work are not. The model is built without memory and run on shapes
-alone. MACs are those of backbone and neck for one picture; parameters are those of the whole model.
+matrix products, and the operators of this project. Bi-WKV counts by its formula (13 operations per
+token and channel in the forward pass). Operators with a matrix for a state count, whatever form
+runs, as the recurrent one: for each token, direction and element of the state one MAC for the decay
+of the state, one for the key and value added to it, and one for the query that reads it; retention
+on a grid one more, for the running sum over the columns. So gated linear attention and retention
+along the sequence have 3 MACs, retention over rows and columns 4. LayerNorm counts 5 for each
+element, which is the rule of fvcore and what brings VRWKV-L to its published number; in ViG and
+ViG-H norms are not counted. Activations and other pointwise work are not. The model is built
+without memory and run on shapes alone. MACs are those of backbone and neck for one picture;
+parameters are those of the whole model.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ BACKBONES = {
     backbone.__name__: backbone for backbone in (VRWKV, ViG, ViGHierarchical, ViR, HybridViR)
 }
 MACS_OF_LAYER_NORM = 5  # for each element
+MACS_OF_STATE = 3  # for each token, direction and element: decay, update, query
 
 
 class Complexity(NamedTuple):
@@ -49,8 +54,23 @@ def _layer_norm_flops(shape: torch.Size, *_: Any, **__: Any) -> int:
 
 
 def _bi_gla_flops(q_shape: torch.Size, _k: Any, v_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """The same for gated linear attention, whose decay is a product without a sum."""
-    return 2 * 2 * 3 * q_shape.numel() * v_shape[-1]
+    """The same for gated linear attention, of two directions."""
+    return 2 * 2 * MACS_OF_STATE * q_shape.numel() * v_shape[-1]
+
+
+def _retention_flops(
+    q_shape: torch.Size,
+    _k: Any,
+    v_shape: torch.Size,
+    _log_gamma: Any,
+    columns: int,
+    bidirectional: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """The same for retention, of one direction or two."""
+    macs = MACS_OF_STATE + (columns > 1)
+    return 2 * (1 + bidirectional) * macs * q_shape.numel() * v_shape[-1]
 
 
 def measure(model: nn.Module, height: int, width: int) -> Complexity:
@@ -65,7 +85,10 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
     device = next(model.parameters()).device
     features = getattr(model, 'extract_feat', model)
     model.eval()
-    formulas: dict[Any, Any] = {torch.ops.linvis.bi_gla_fwd: _bi_gla_flops}
+    formulas: dict[Any, Any] = {
+        torch.ops.linvis.bi_gla_fwd: _bi_gla_flops,
+        torch.ops.linvis.retention_fwd: _retention_flops,
+    }
     if not any(isinstance(module, ViG | ViGHierarchical) for module in model.modules()):
         formulas[torch.ops.linvis.layer_norm_fwd] = _layer_norm_flops
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():

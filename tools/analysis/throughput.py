@@ -79,7 +79,7 @@ def build(name: str, pixels: int) -> nn.Module:
     """A backbone of ours, or else a network of timm without its head, on the GPU."""
     if name in NETWORKS:
         backbone, arch = NETWORKS[name]
-        settings = {'img_size': pixels} if backbone in (VRWKV, ViG, ViR) else {}
+        settings: dict[str, Any] = {'img_size': pixels} if backbone in (VRWKV, ViG, ViR) else {}
         return backbone(arch=arch, out_type='avg_featmap', **settings).cuda()
     import timm
 
@@ -139,6 +139,24 @@ def measure(name: str, pixels: int, batch: int, mode: str, form: str) -> dict[st
     }
 
 
+def header_of(command: str, commit: str | None, device: str = 'cuda') -> dict[str, Any]:
+    """What is written on top of the rows: the machine, the versions and the command.
+
+    Args:
+        command: What was typed.
+        commit: Commit that is measured; None: as git says.
+        device: Where it is measured; of a CPU only the versions are told.
+    """
+    if torch.device(device).type == 'cuda':
+        return results.make_header(OPS, command, commit)
+    return {'gpu': None, 'torch': torch.__version__, 'commit': commit, 'command': command}
+
+
+def write(out: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write what was measured as JSON."""
+    out.write_text(json.dumps({'header': header, 'rows': rows}, indent=1) + '\n')
+
+
 def main() -> int:
     """Measure every network at every shape."""
     args = parse_arguments()
@@ -149,7 +167,7 @@ def main() -> int:
         print('--rival needs timm: pip install timm.', file=sys.stderr)
         return 2
     command = f'python {shlex.join(["tools/analysis/throughput.py", *sys.argv[1:]])}'
-    header = results.make_header(OPS, command, args.commit)
+    header = header_of(command, args.commit)
     rows: list[dict[str, Any]] = []
     for pixels, batch in args.shape:
         for name in (*args.network, *args.rival):
@@ -158,8 +176,7 @@ def main() -> int:
                     rows.append(measure(name, pixels, batch, mode, form))
                     print(rows[-1], flush=True)
                     if args.out:  # a run that is stopped keeps what it has
-                        text = json.dumps({'header': header, 'rows': rows}, indent=1)
-                        args.out.write_text(text + '\n')
+                        write(args.out, header, rows)
     return int(any('failed' in row and row['network'] in NETWORKS for row in rows))
 
 

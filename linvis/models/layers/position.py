@@ -58,14 +58,39 @@ def resize_position_embedding_rows(
         ValueError: As `resize_position_embedding`.
     """
     # bicubic resampling is separable: columns first, then the rows by a matrix
-    wide = resize_position_embedding(pos_embed, source_hw, (source_hw[0], target_hw[1]))
+    exact = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
+    wide = resize_position_embedding(exact, source_hw, (source_hw[0], target_hw[1]))
     grid = wide.unflatten(1, (source_hw[0], target_hw[1]))  # (1, rows, columns, C)
     if source_hw[0] == target_hw[0]:
-        return grid[:, rows.start : rows.stop].flatten(1, 2)
-    unit = torch.eye(source_hw[0], dtype=wide.dtype, device=wide.device)[None, :, :, None]
-    weights = F.interpolate(unit, (target_hw[0], 1), mode='bicubic', align_corners=False)
-    weights = weights[0, :, rows.start : rows.stop, 0]  # (rows of source_hw, rows wanted)
-    return torch.einsum('sr,bswc->brwc', weights, grid).flatten(1, 2)
+        grid = grid[:, rows.start : rows.stop]
+    else:
+        weights = _cubic_weights(source_hw[0], target_hw[0], rows, grid)
+        grid = torch.einsum('rs,bswc->brwc', weights, grid)
+    return grid.flatten(1, 2).to(pos_embed.dtype)
+
+
+def _cubic_weights(source: int, target: int, rows: range, like: Tensor) -> Tensor:
+    """Shares of `source` rows in some of `target` rows by bicubic resampling.
+
+    Args:
+        source: Number of rows that are resampled.
+        target: Number of rows that they become.
+        rows: Those of the target that are wanted.
+        like: Tensor whose dtype and device the result has.
+
+    Returns:
+        Shape (len(rows), source); a row outside counts as the one at the edge, as in PyTorch.
+    """
+    wanted = torch.arange(rows.start, rows.stop, dtype=torch.float64, device=like.device)
+    place = (wanted + 0.5) * (source / target) - 0.5
+    taps = place.floor()[:, None] + torch.arange(-1, 3, device=like.device)  # (rows wanted, 4)
+    distance = (place[:, None] - taps).abs()
+    # Keys' kernel with a = -0.75, the one of F.interpolate
+    near = (1.25 * distance - 2.25) * distance**2 + 1
+    far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+    shares = torch.where(distance <= 1, near, far)
+    weights = shares.new_zeros(len(rows), source)
+    return weights.scatter_add(1, taps.long().clamp(0, source - 1), shares).to(like.dtype)
 
 
 def resize_position_embedding_on_load(

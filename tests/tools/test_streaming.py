@@ -1,0 +1,191 @@
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from linvis.models import ViR
+from tools.analysis import streaming
+
+ARCH = {'embed_dims': 16, 'depth': 2, 'num_heads': 2}
+SMALL = ('--width', '48', '--band', '2', '--device', 'cpu')
+
+
+@pytest.fixture(autouse=True)
+def one_run(monkeypatch):
+    monkeypatch.setattr(streaming, 'SECONDS', 0.0)
+
+
+@pytest.fixture
+def archs(monkeypatch):
+    monkeypatch.setattr(ViR, 'archs', {'small': ARCH})
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr('sys.argv', ['streaming.py', *arguments])
+    return streaming.main()
+
+
+def picture_of(height, width=48):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize('retention', ['1d', '2d'])
+def test_all_forms_give_the_same_features(archs, retention):
+    model = streaming.build('small', retention, 'cpu')
+    picture = picture_of(150)
+    expected = None
+    for form in streaming.FORMS:
+        parts = list(streaming.features(model, picture, form, 2))
+        assert len(parts) == {'stream': 5, 'recurrent': 10}.get(form, 1)
+        maps = torch.cat(parts, 2)
+        assert maps.shape == (1, 16, 10, 3)
+        expected = maps if expected is None else expected
+        torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_operator_counts_in_the_features(archs):
+    model = streaming.build('small', '2d', 'cpu')
+    (maps,) = streaming.features(model, picture_of(64), 'chunkwise', 2)
+    for block in model.blocks:
+        block.retention.out_proj.weight.data.zero_()
+    (without,) = streaming.features(model, picture_of(64), 'chunkwise', 2)
+    assert (maps - without).abs().max() > 1e-3
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors held at once, beside those of what was there before."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in there}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            weakref.finalize(storage, self.release, key, size)
+
+    def release(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def peak_of(form, height):
+    model = streaming.build('small', '2d', 'cpu')
+    picture = picture_of(height)
+    gc.collect()
+    with LiveBytes([picture, *model.parameters(), *model.buffers()]) as live:
+        streaming.exhaust(streaming.features(model, picture, form, 4))
+    return live.peak
+
+
+@pytest.mark.parametrize('form', streaming.STREAMED)
+def test_memory_of_streamed_forms_does_not_grow_with_the_height(archs, form):
+    low = peak_of(form, 512)
+    assert low > 10_000
+    assert peak_of(form, 8192) == low
+
+
+def test_memory_of_other_forms_grows(archs):
+    assert peak_of('chunkwise', 2048) > 3.5 * peak_of('chunkwise', 512)
+    assert peak_of('parallel', 1024) > 2.5 * peak_of('parallel', 512)
+
+
+def test_rows_of_every_form_dtype_and_height(archs, monkeypatch, capsys, tmp_path):
+    out = tmp_path / 'rows.json'
+    heights = ('--height', '96', '64', '128', '--parallel-height', '96', '--compare-height', '64')
+    assert run(monkeypatch, *SMALL, *heights, '--out', str(out)) == 0
+    written = json.loads(out.read_text())
+    assert written['header']['gpu'] is None
+    assert written['header']['command'].startswith('python tools/analysis/streaming.py --width 48')
+    rows = written['rows']
+    assert [(row['dtype'], row['form'], row['height']) for row in rows] == [
+        (dtype, form, height)
+        for dtype in ('float32', 'bfloat16')
+        for form in streaming.FORMS
+        for height in (64, 96, 128)
+        if not (form == 'parallel' and height > 96)
+    ]
+    assert all(row['ms'] > 0 and row['images_s'] > 0 for row in rows)
+    assert {row['form']: row['band'] for row in rows} == {
+        'stream': 2,
+        'recurrent': 1,
+        'chunkwise': None,
+        'parallel': None,
+    }
+    assert {row['height'] for row in rows if 'difference' in row} == {64}
+    for row in rows[::3]:
+        if 'difference' in row:
+            low, high = (0, 1e-5) if row['dtype'] == 'float32' else (1e-4, 0.2)
+            assert low <= row['difference'] < high
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert lines[1].split()[:5] == ['stream', 'float32', '48', 'x', '64']
+
+
+def test_form_that_fails_is_not_tried_at_greater_heights(archs, monkeypatch, capsys):
+    features = streaming.features
+
+    def scarce(model, picture, form, band):
+        if form != 'stream' and picture.shape[1] > 64:
+            raise torch.OutOfMemoryError('no memory\nwhatever')
+        yield from features(model, picture, form, band)
+
+    monkeypatch.setattr(streaming, 'features', scarce)
+    forms = ('--form', 'chunkwise', 'stream', '--dtype', 'float32')
+    heights = ('--height', '64', '96', '128')
+    assert run(monkeypatch, *SMALL, *heights, *forms) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 1 + 2 + 3
+    assert lines[2].split()[5:] == ['OutOfMemoryError:', 'no', 'memory']
+    assert printed.err == 'Not compared from a height of 96 on: no memory\n'
+    assert run(monkeypatch, *SMALL, *heights, '--form', 'recurrent') == 1
+
+
+def test_growth_of_peak_memory():
+    row = {'form': 'stream', 'dtype': 'bfloat16'}
+    rows = [
+        {**row, 'peak_mib': 100.0},
+        {**row, 'peak_mib': 104.0},
+        {**row, 'failed': 'x'},
+        {**row, 'dtype': 'float32', 'peak_mib': 300.0},
+    ]
+    line = 'stream in bfloat16: peak memory 100.0 to 104.0 MiB, +4.0%'
+    assert streaming.growth(rows, 'stream', 'bfloat16') == line
+    assert streaming.growth(rows, 'chunkwise', 'bfloat16') is None
+
+
+@pytest.mark.parametrize('option', ['--width', '--height', '--band'])
+def test_sizes_below_one_are_refused(monkeypatch, capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, option, '0')
+    assert ended.value.code == 2
+    assert '--width, --height and --band must be at least 1' in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_memory_is_flat_on_a_gpu(monkeypatch, tmp_path):
+    out = tmp_path / 'rows.json'
+    options = ('--form', 'stream', 'chunkwise', '--height', '1024', '4096', '--width', '256')
+    assert run(monkeypatch, *options, '--out', str(out)) == 0
+    rows = json.loads(out.read_text())['rows']
+    for dtype in ('float32', 'bfloat16'):
+        low, high, *whole = [row['peak_mib'] for row in rows if row['dtype'] == dtype]
+        assert high <= 1.1 * low
+        assert whole[1] > high
