@@ -22,6 +22,7 @@ from benchmarks.rivals import (
     FLA_RWKV4_TWICE,
     SDPA,
     TORCH_LAYER_NORM,
+    TORCH_RMS_NORM,
     Rival,
 )
 from linvis_ops import testing
@@ -257,11 +258,28 @@ OPERATORS = (
         arguments=lambda inputs, s: (inputs[0], (s['rows'], s['columns']), inputs[1:]),
         traffic=token_tensors(forward=4, backward=5),  # x, three mixes; x, three gradients, dx
     ),
-    # tokens of ViG-H's first stage, heads of these (an RMSNorm), tokens of ViG-T and ViR-S
+    # heads of ViG-H's first stage
+    Operator(
+        name='rms_norm',
+        public='layer_norm',
+        axes=('B', 'T', 'C'),
+        shapes=((128, 9408, 32),),
+        inputs=lambda s, dtype, device: norm_inputs(s, dtype, device)[:2],
+        arguments=lambda inputs, _: (*inputs, None, 1e-6, False),
+        traffic=token_tensors(forward=2, backward=3),  # x, y; x, dy, dx
+        rivals=(TORCH_RMS_NORM, COPY),
+    ),
+    # tokens of ViG-H's first stage, ViG-T, ViR-S and ViR-B, hidden channels of VRWKV-L
     Operator(
         name='layer_norm',
         axes=('B', 'T', 'C'),
-        shapes=((128, 3136, 96), (128, 9408, 32), (256, 196, 192), (64, 1025, 384)),
+        shapes=(
+            (128, 3136, 96),
+            (256, 196, 192),
+            (64, 1025, 384),
+            (32, 1025, 768),
+            (16, 576, 4096),
+        ),
         inputs=norm_inputs,
         traffic=token_tensors(forward=2, backward=3),  # x, y; x, dy, dx
         rivals=(TORCH_LAYER_NORM, COPY),

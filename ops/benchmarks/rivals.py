@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from benchmarks.passes import Copies, Function, Runnable, Shape, tokens
 from linvis_ops.testing import bi_gla_inputs, retention_inputs
@@ -177,16 +177,27 @@ def _fla_retention(
 FLA_RETENTION = Rival('fla_retention', _fla_retention)
 
 
-def _torch_layer_norm(
-    shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]
-) -> Runnable:
-    channels = shape['C']
-    x = torch.randn(shape['B'], shape['T'], channels, dtype=dtype, device=device).requires_grad_()
-    weight, bias = (
-        torch.rand(channels, dtype=dtype, device=device).requires_grad_() for _ in range(2)
-    )
-    return Function(lambda: layer_norm(x, (channels,), weight, bias), (x, weight, bias))
+def torch_norm(name: str, function: Callable[..., Tensor], weights: int) -> Rival:
+    """A norm of PyTorch, with float32 weights as layers have them, cast to the dtype of x.
+
+    Args:
+        name: Its name in the rows.
+        function: Takes x, the shape that is normalised and the weights.
+        weights: Number of weights.
+    """
+
+    def prepare(
+        shape: Shape, dtype: torch.dtype, device: str, _traffic: dict[str, int]
+    ) -> Runnable:
+        size = shape['C']
+        x = torch.randn(shape['B'], shape['T'], size, dtype=dtype, device=device).requires_grad_()
+        given = tuple(torch.rand(size, device=device).requires_grad_() for _ in range(weights))
+        return Function(
+            lambda: function(x, (size,), *(weight.to(dtype) for weight in given)), (x, *given)
+        )
+
+    return Rival(name, prepare)
 
 
-# That of PyTorch, with weights in the dtype of x.
-TORCH_LAYER_NORM = Rival('torch_layer_norm', _torch_layer_norm)
+TORCH_LAYER_NORM = torch_norm('torch_layer_norm', layer_norm, weights=2)
+TORCH_RMS_NORM = torch_norm('torch_rms_norm', rms_norm, weights=1)

@@ -1,6 +1,7 @@
 """Registration of operators under torch.ops.linvis; a name is defined once."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,9 @@ def custom_op(name: str) -> Callable[[Function], Any]:
     return register
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which an operator's own arithmetic keeps its dtypes, which the inputs' set."""
+    # the meta device cannot be asked
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

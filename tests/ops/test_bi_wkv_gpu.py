@@ -25,8 +25,8 @@ pytestmark = [
         ],
     ),
 ]
-LENGTHS = [31, 63, 64, 65, 196, 197, 576, 1024]
-WIDTHS = [1, 3, 32, 100, 192, 768]
+LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 196, 197, 576, 1000, 1024, 4096, 4200, 16384]
+WIDTHS = [1, 3, 32, 100, 192, 384, 768, 1024]
 # Gradients that are zero: of one token, which sees itself alone, and of two, whose distance is 1.
 ROUNDING = {1: ('dw', 'du', 'dk'), 2: ('dw',)}
 FURTHER = [
@@ -63,11 +63,11 @@ def check_against_float64(backend, dtype, inputs, factor=2.0):
             assert_matches(name, a, e, p, dtype, factor)
 
 
-@pytest.mark.parametrize(
-    ('tokens', 'channels'), [*((t, c) for t in LENGTHS for c in WIDTHS), *FURTHER]
-)
+@pytest.mark.parametrize('channels', WIDTHS)
+@pytest.mark.parametrize('tokens', LENGTHS)
 def test_sizes_of_networks_match_float64(backend, tokens, channels):
-    inputs = bi_wkv_inputs(2, tokens, channels, torch.bfloat16, 'cuda')
+    batch = 1 if channels in (1, 768) else 2
+    inputs = bi_wkv_inputs(batch, tokens, channels, torch.bfloat16, 'cuda')
     check_against_float64(backend, torch.bfloat16, inputs)
 
 
@@ -89,6 +89,32 @@ def test_extreme_inputs_match_float64(backend, keys, decay, tokens, dtype):
     # where far tokens weigh more, or one by its key, v - y cancels: README.md, Numerics
     factor = 5.0 if keys == 'wide' or decay else 2.0
     check_against_float64(backend, dtype, (w, u, k, v), factor)
+
+
+def test_longest_sequence_matches_float64(backend):
+    inputs = bi_wkv_inputs(1, 2**18, 8, torch.bfloat16, 'cuda')
+    check_against_float64(backend, torch.bfloat16, inputs)
+
+
+@pytest.mark.parametrize('channels', [192, 30])
+@pytest.mark.parametrize('tokens', [196, 1000])
+def test_nothing_beside_the_inputs_has_an_effect(backend, tokens, channels):
+    """The kernel of VRWKV's authors reads beyond 196 tokens."""
+    w, u, k, v = (t.detach() for t in bi_wkv_inputs(2, tokens, channels, torch.bfloat16, 'cuda'))
+    gy = torch.randn_like(v)
+
+    def both_passes(k, v, gy):
+        given = [t.requires_grad_() for t in (w.clone(), u.clone(), k.detach(), v.detach())]
+        y = bi_wkv(*given, backend=backend)
+        return y, *torch.autograd.grad(y, given, gy)
+
+    def between_nan(x):
+        beside = torch.full((x.numel() + 2**15,), torch.nan, dtype=x.dtype, device=x.device)
+        return beside[2**14 : -(2**14)].view_as(x).copy_(x)
+
+    expected = both_passes(k, v, gy)
+    for a, e in zip(both_passes(*map(between_nan, (k, v, gy))), expected, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_more_elements_than_32_bits_can_count(backend):

@@ -35,7 +35,7 @@ def inputs(shape, dtype=torch.float32, device='cpu', *, bias=True, offset=0.5):
 
 
 def both_passes(tensors, gy, **kwargs):
-    y = layer_norm(*tensors, **kwargs)
+    y = layer_norm(*tensors, **kwargs)  # without a bias if there are two tensors
     return y.detach(), *gradients(y, tensors, gy)
 
 
@@ -79,22 +79,44 @@ def test_right_derivatives(backend, bias, centred):
 # Backends
 
 
+def check_against_float64(backend, tensors, **kwargs):
+    """Of both passes; returns them."""
+    x = tensors[0]
+    gy = torch.randn(x.shape).to(x)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    reference, plain, result = (
+        both_passes(t, gy, backend=b, **kwargs)
+        for t, b in ((exact, 'reference'), (tensors, 'reference'), (tensors, backend))
+    )
+    names = ('y', *NAMES)[: 1 + len(tensors)]
+    for name, a, p, e in zip(names, result, plain, reference, strict=True):
+        assert a.is_contiguous()
+        assert_matches(name, a, e, p, x.dtype)
+    assert result[0].dtype == result[1].dtype == x.dtype
+    again = both_passes(tensors, gy, backend=backend, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+
+
 @CENTRED
 @pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_matches_float64(backend, device, shape, dtype, centred):
-    tensors = inputs(shape, dtype, device)
-    gy = torch.randn(shape).to(device, dtype)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    reference, plain, result = (
-        both_passes(t, gy, centred=centred, backend=b)
-        for t, b in ((exact, 'reference'), (tensors, 'reference'), (tensors, backend))
-    )
-    for name, a, p, e in zip(('y', *NAMES), result, plain, reference, strict=True):
-        assert a.is_contiguous()
-        assert_matches(name, a, e, p, dtype)
-    assert result[0].dtype == result[1].dtype == dtype
+    check_against_float64(backend, inputs(shape, dtype, device), centred=centred, eps=0.1)
+
+
+@CENTRED
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_without_a_bias(backend, device, centred):
+    check_against_float64(backend, inputs((7, 40), device=device, bias=False), centred=centred)
+
+
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS[1:])
+def test_programs_with_several_tiles(backend, device, monkeypatch):
+    from linvis_ops.layer_norm import kernels_triton
+
+    monkeypatch.setattr(kernels_triton, 'BACKWARD_PROGRAMS', 2)
+    check_against_float64(backend, inputs((150, 40), device=device))
 
 
 @pytest.mark.parametrize(
@@ -109,16 +131,7 @@ def test_matches_float64(backend, device, shape, dtype, centred):
 )
 @pytest.mark.gpu
 def test_matches_float64_at_real_sizes(shape, dtype):
-    tensors = inputs(shape, dtype, 'cuda')
-    gy = torch.randn(shape).to('cuda', dtype)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    reference = both_passes(exact, gy, backend='reference')
-    plain = both_passes(tensors, gy, backend='reference')
-    result = both_passes(tensors, gy, backend='triton')
-    for name, a, p, e in zip(('y', *NAMES), result, plain, reference, strict=True):
-        assert_matches(name, a, e, p, dtype)
-    again = both_passes(tensors, gy, backend='triton')
-    assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+    check_against_float64('triton', inputs(shape, dtype, 'cuda'))
 
 
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
@@ -178,6 +191,41 @@ def test_equal_channels_give_the_bias(backend, device, channels):
     assert channels > 1 or not x.grad.any()
 
 
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_no_tokens_are_normalised_to_none(backend, device):
+    tensors = inputs((0, 16), device=device)
+    y = layer_norm(*tensors, backend=backend)
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert not tensors[1].grad.any()
+
+
+def test_pytorch_s_own_norm_has_all_derivatives():
+    tensors = inputs((2, 3, 5), F64)
+    assert torch.autograd.gradgradcheck(lambda *t: layer_norm(*t, eps=1e-3), tensors)
+    x, weight, bias = (t.detach() for t in tensors)
+    _, tangent = torch.func.jvp(lambda x: layer_norm(x, weight, bias), (x,), (x,))
+    _, expected = torch.func.jvp(lambda x: F.layer_norm(x, (5,), weight, bias, 1e-6), (x,), (x,))
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_on_the_meta_device():
+    tensors = [t.to('meta') for t in inputs((2, 3, 5))]
+    for backend in ('auto', 'reference'):
+        assert layer_norm(*tensors, dtype=torch.bfloat16, backend=backend).dtype == torch.bfloat16
+
+
+def test_exports_without_regions_of_autocast():
+    class Norm(torch.nn.Module):
+        def forward(self, *tensors):
+            return layer_norm(*tensors)
+
+    exported = torch.export.export(Norm(), tuple(t.detach() for t in inputs((2, 3, 5))))
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert 'aten.layer_norm.default' in targets
+    assert not any('autocast' in target for target in targets)
+
+
 def test_autocast_does_not_touch_the_arithmetic():
     tensors = [t.detach() for t in inputs((6, 16), torch.bfloat16)]
     for backend in ('torch', 'reference'):
@@ -189,6 +237,15 @@ def test_autocast_does_not_touch_the_arithmetic():
 
 
 # Registration
+
+
+@CENTRED
+def test_gradient_by_the_formula(centred):
+    x, weight, _ = tensors = inputs((4, 3, 7), F64)
+    gy = torch.randn(4, 3, 7, dtype=F64)
+    _, *expected = both_passes(tensors, gy, eps=0.1, centred=centred, backend='reference')
+    actual = layer_norm_bwd(gy, x.detach(), weight.detach(), 0.1, centred, 'torch')
+    torch.testing.assert_close(actual, tuple(expected))
 
 
 @CENTRED
@@ -216,14 +273,17 @@ def test_compiles_without_recompiling_for_a_new_size():
 @pytest.mark.parametrize(
     ('changed', 'error', 'message'),
     [
-        ({'x': torch.ones(2, 0)}, ValueError, r'not empty, got \(2, 0\)'),
+        ({'x': torch.ones(2, 0)}, ValueError, r'with channels, got \(2, 0\)'),
         ({'x': torch.tensor(1.0)}, ValueError, r'x must be \(\.\.\., C\)'),
         ({'x': torch.ones(2, 8, dtype=torch.int32)}, TypeError, r'x must be float32.*int32'),
         ({'x': [1.0]}, TypeError, 'x must be a tensor, got list'),
         ({'weight': torch.ones(7)}, ValueError, r'weight must be \(8,\), got \(7,\)'),
         ({'bias': torch.ones(1, 8)}, ValueError, r'bias must be \(8,\), got \(1, 8\)'),
         ({'bias': torch.ones(8, device='meta')}, ValueError, 'one device'),
-        ({'eps': '1e-6'}, TypeError, "eps must be a number, got '1e-6'"),
+        ({'eps': '1e-6'}, TypeError, "eps must be a number from 0 on, got '1e-6'"),
+        ({'eps': -1.0}, TypeError, 'eps must be a number from 0 on, got -1.0'),
+        ({'centred': 'no'}, TypeError, "centred must be True or False, got 'no'"),
+        ({'dtype': 'bf16'}, TypeError, 'dtype must be a floating dtype, got bf16'),
         ({'dtype': torch.int8}, TypeError, 'dtype must be a floating dtype, got torch.int8'),
         ({'backend': 'cuda'}, BackendUnavailableError, "no backend 'cuda'"),
     ],

@@ -71,7 +71,8 @@ OPERATORS = {
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.parametrize(
-        ('name', 'backend'), [*((name, 'triton') for name in OPERATORS), ('bi_wkv', 'cuda')]
+        ('name', 'backend'),
+        [*((name, 'triton') for name in OPERATORS), ('bi_wkv', 'cuda'), ('bi_wkv', 'auto')],
     ),
 ]
 
@@ -79,7 +80,7 @@ pytestmark = [
 @pytest.fixture
 def function(name, backend):
     operator, function, _ = OPERATORS[name]
-    reason = available_backends(operator)[backend]
+    reason = available_backends(operator).get(backend)  # none of 'auto'
     if reason:
         pytest.skip(reason)
     return partial(function, backend=backend)
@@ -144,9 +145,11 @@ def test_compiles_without_recompiling_for_a_new_size(name, function):
             assert inputs[0].grad is not None
 
 
-def test_autocast_does_not_touch_the_arithmetic(name, function):
-    inputs = inputs_of(name, 2, 20)
-    expected = function(*inputs)
+@pytest.mark.parametrize('tokens', [20, 600])
+def test_autocast_does_not_touch_the_arithmetic(name, function, tokens):
+    inputs = inputs_of(name, 2, tokens)
+    expected = both_passes(function, inputs)
     with torch.autocast('cuda', dtype=torch.float16):
-        y = function(*inputs)
-    assert torch.equal(y, expected)
+        results = both_passes(function, inputs)
+    for a, e in zip(results, expected, strict=True):
+        assert torch.equal(a, e)

@@ -90,7 +90,8 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
         torch.ops.linvis.retention_fwd: _retention_flops,
     }
     if not any(isinstance(module, ViG | ViGHierarchical) for module in model.modules()):
-        formulas[torch.ops.linvis.layer_norm_fwd] = _layer_norm_flops
+        for norm in (torch.ops.aten.native_layer_norm, torch.ops.linvis.layer_norm_fwd):
+            formulas[norm] = _layer_norm_flops
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
         features(torch.empty(1, 3, height, width, device=device))
     macs = {

@@ -19,8 +19,11 @@ class LayerNorm(nn.LayerNorm):
         dims: Size of the last dimension.
         eps: Added to the variance.
         cast_output: Under autocast, round the result to the dtype that linear layers and
-            convolutions compute in: for norms in front of these. Otherwise the result is float32
-            then, as that of PyTorch's norms.
+            convolutions compute in: for norms in front of these, and behind a mixer, where the
+            mixer's own result has that dtype. Otherwise the result is float32 under autocast.
+
+    The operator chooses its backend by itself, whatever that of the mixers;
+    LINVIS_OPS_BACKEND=torch takes PyTorch's, with derivatives of any order on a GPU too.
     """
 
     def __init__(self, dims: int, eps: float = 1e-5, *, cast_output: bool = False) -> None:
@@ -31,6 +34,10 @@ class LayerNorm(nn.LayerNorm):
         """Normalise x, shape (..., dims)."""
         dtype = _dtype_of_result(x, self.cast_output)
         return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """Arguments, as they are printed."""
+        return f'{super().extra_repr()}, cast_output={self.cast_output}'
 
 
 class RMSNorm(nn.RMSNorm):
@@ -52,6 +59,10 @@ class RMSNorm(nn.RMSNorm):
         """Normalise x, shape (..., dims)."""
         dtype = _dtype_of_result(x, self.cast_output)
         return layer_norm(x, self.weight, None, self.eps, centred=False, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """Arguments, as they are printed."""
+        return f'{super().extra_repr()}, cast_output={self.cast_output}'
 
 
 class LayerNorm2d(LayerNorm):

@@ -33,7 +33,7 @@ def _triton_forward(*args: Any) -> Tensor:
     return kernels_triton.layer_norm_forward(*args)
 
 
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from linvis_ops.layer_norm import kernels_triton
 
     return kernels_triton.layer_norm_backward(*args)

@@ -27,23 +27,24 @@ def layer_norm(
     `centred`, y = x / sqrt(mean(x^2) + eps) * weight + bias.
 
     Args:
-        x: Tokens, shape (..., C), not empty, float32, float16, bfloat16 or float64.
+        x: Tokens, shape (..., C), C at least 1, float32, float16, bfloat16 or float64.
         weight: (C,), of any of these dtypes.
         bias: (C,), or None for zero.
         eps: Added to the variance.
         centred: LayerNorm; otherwise RMSNorm.
         dtype: Floating dtype of the result; None: that of x. A layer that computes in lower
             precision next asks for that here, which saves writing and reading it in full.
-        backend: 'auto', or one of `available_backends('layer_norm')`. 'reference' is the
-            definition in differentiable PyTorch. What `torch.compile` and `torch.export` see of
-            'auto' is PyTorch's own norm, which a compiler fuses with its neighbours.
+        backend: 'auto', or one of `available_backends('layer_norm')`. 'torch' is PyTorch's own
+            norm, with all that autograd can do; what `torch.compile` and `torch.export` see of
+            'auto' is that too, since a compiler fuses it with its neighbours. 'reference' is the
+            definition.
 
     Returns:
         The shape of x, contiguous, in `dtype`. Everything is computed in float32 (float64 for
         float64), whatever autocast asks for, and rounded once.
 
     Raises:
-        ValueError: If shapes or devices disagree, or x is empty.
+        ValueError: If shapes or devices disagree, or there are no channels.
         TypeError: If an argument is of another type or dtype.
         BackendUnavailableError: If the named backend cannot run these inputs; the message says why.
 
@@ -54,23 +55,29 @@ def layer_norm(
     parameters = {'weight': weight} if bias is None else {'weight': weight, 'bias': bias}
     _checks.check_tensors(NAME, x=x, **parameters)
     _checks.check_floating(NAME, x=x, **parameters)
-    if x.dim() == 0 or x.numel() == 0:
-        raise ValueError(f'{NAME}: x must be (..., C), not empty, got {_checks.shape_text(x)}.')
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f'{NAME}: x must be (..., C) with channels, got {_checks.shape_text(x)}.')
     for name, tensor in parameters.items():
         if tensor.shape != x.shape[-1:]:
             raise ValueError(
                 f'{NAME}: {name} must be ({x.shape[-1]},), got {_checks.shape_text(tensor)}.'
             )
     _checks.check_device(NAME, [('x', x), *parameters.items()])
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f'{NAME}: eps must be a number, got {eps!r}.')
-    if dtype is not None and not dtype.is_floating_point:
+    if not isinstance(eps, (int, float)) or eps < 0:
+        raise TypeError(f'{NAME}: eps must be a number from 0 on, got {eps!r}.')
+    if not isinstance(centred, bool):
+        raise TypeError(f'{NAME}: centred must be True or False, got {centred!r}.')
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f'{NAME}: dtype must be a floating dtype, got {dtype}.')
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == _dispatch.REFERENCE:
         with without_autocast(x):
             return layer_norm_by_moments(x, weight, bias, eps, centred, dtype)
-    if backend == 'auto' and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        plain = backend == 'auto'
+    else:
+        plain = _dispatch.select(NAME, backend, x, *parameters.values()).name == 'torch'
+    if plain or x.numel() == 0:
         with without_autocast(x):
             return layer_norm_forward(x, weight, bias, eps, centred, dtype or x.dtype)
     return op.layer_norm_fwd(x, weight, bias, eps, centred, dtype, backend)

@@ -13,11 +13,15 @@ from linvis_ops._triton import on_device
 from linvis_ops._triton_sum import sum_rows
 from linvis_ops._triton_tiles import cast
 
-# Elements of a tile: 16 of each thread of four warps, in the backward pass 8.
+# Elements of a tile of narrow tokens, in programs of so many warps.
 ELEMENTS = 2048
 BACKWARD_ELEMENTS = 1024
 WARPS = 4
-MOST_WARPS = 16
+# From this width on, so many elements are one warp's, which needs no other for its sums; loads of
+# the backward pass are under way for so many tiles.
+WIDE = 256
+WARP_ELEMENTS = 1024
+WIDE_STAGES = 3
 # Programs of the backward pass, as many as a large GPU runs at once. Each writes sums for every
 # channel, so more of them cost traffic.
 BACKWARD_PROGRAMS = 1056
@@ -73,6 +77,7 @@ def layer_norm_bwd_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     CENTRED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients of one run of tokens: dx, and sums over the run for weight and bias."""
     run = tl.program_id(0)
@@ -80,7 +85,7 @@ def layer_norm_bwd_kernel(
     b_weight = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
     dweight = tl.zeros((BT, BC), tl.float32)
     dbias = tl.zeros((BT, BC), tl.float32)
-    for tile in range(tiles):
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         g = (run * tiles + tile) * BT + tl.arange(0, BT)[:, None]
         own = g.to(tl.int64) * C + c
         valid = (g < total) & (c < C)
@@ -99,9 +104,12 @@ def layer_norm_bwd_kernel(
     tl.store(p + C, tl.sum(dbias, 0, keep_dims=True), mask=c < C)
 
 
-def _warps(elements: int, of: int) -> int:
-    """Warps of a program whose tile has so many elements, WARPS for `of` of them."""
-    return min(max(WARPS * elements // of, WARPS), MOST_WARPS)
+def _tile(channels: int, elements: int) -> tuple[int, int, int]:
+    """Tokens and channels of a tile, and warps; a tile of narrow tokens has so many elements."""
+    width = triton.next_power_of_2(channels)
+    if width < WIDE:
+        return elements // width, width, WARPS
+    return max(WARP_ELEMENTS // width, 1), width, max(width // WARP_ELEMENTS, 1)
 
 
 def layer_norm_forward(
@@ -117,8 +125,7 @@ def layer_norm_forward(
     total = x.numel() // channels
     x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)
-    width = triton.next_power_of_2(channels)
-    block = max(ELEMENTS // width, 1)
+    block, width, warps = _tile(channels, ELEMENTS)
     with on_device(x):
         layer_norm_fwd_kernel[(triton.cdiv(total, block),)](
             x,
@@ -131,21 +138,20 @@ def layer_norm_forward(
             BT=block,
             BC=width,
             CENTRED=centred,
-            num_warps=_warps(block * width, ELEMENTS),
+            num_warps=warps,
         )
     return y
 
 
 def layer_norm_backward(
     gy: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradient by x, in its shape and dtype, and those by weight and bias, (2, C), float32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, in its shape and dtype, and by weight and bias, (C,), float32."""
     channels = x.shape[-1]
     total = x.numel() // channels
     x = x.contiguous()
     dx = torch.empty_like(x)
-    width = triton.next_power_of_2(channels)
-    block = max(BACKWARD_ELEMENTS // width, 1)
+    block, width, warps = _tile(channels, BACKWARD_ELEMENTS)
     blocks = triton.cdiv(total, block)
     tiles = triton.cdiv(blocks, BACKWARD_PROGRAMS)
     runs = triton.cdiv(blocks, tiles)
@@ -164,7 +170,8 @@ def layer_norm_backward(
             BT=block,
             BC=width,
             CENTRED=centred,
-            num_warps=_warps(block * width, BACKWARD_ELEMENTS),
+            STAGES=WIDE_STAGES if width >= WIDE else 1,
+            num_warps=warps,
         )
-    (sums,) = sum_rows(partial)
-    return dx, sums.view(2, channels)
+    dweight, dbias = sum_rows(partial, 2)
+    return dx, dweight, dbias

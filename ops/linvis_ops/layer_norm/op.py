@@ -24,7 +24,8 @@ def layer_norm_fwd(
     backend: str,
 ) -> Tensor:
     """Forward operator."""
-    chosen = _dispatch.select('layer_norm', backend, x, weight)
+    given = (x, weight) if bias is None else (x, weight, bias)
+    chosen = _dispatch.select('layer_norm', backend, *given)
     with without_autocast(x):
         return chosen.forward(x, weight, bias, eps, centred, dtype or x.dtype)
 
@@ -45,8 +46,8 @@ def _(
 @custom_op('layer_norm_bwd')
 def layer_norm_bwd(
     gy: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Backward operator: gradient by x, and by weight and bias as rows; deterministic."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward operator: gradients by x, weight and bias, the last two wide; deterministic."""
     chosen = _dispatch.select('layer_norm', backend, x, weight, gy)
     with without_autocast(x):
         return chosen.backward(gy, x, weight, eps, centred)
@@ -60,9 +61,10 @@ def _(
     eps: float,  # noqa: ARG001
     centred: bool,  # noqa: ARG001
     backend: str,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), weight.new_empty((2, x.shape[-1]), dtype=wide)
+    dweight, dbias = (weight.new_empty(weight.shape, dtype=wide) for _ in range(2))
+    return x.new_empty(x.shape), dweight, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -73,9 +75,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    dx, sums = layer_norm_bwd(gy, x, weight, ctx.eps, ctx.centred, ctx.backend)
-    dbias = None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
-    return dx, sums[0].to(weight.dtype), dbias, *[None] * 4
+    dx, dweight, dbias = layer_norm_bwd(gy, x, weight, ctx.eps, ctx.centred, ctx.backend)
+    by_bias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    return dx, dweight.to(weight.dtype), by_bias, *[None] * 4
 
 
 torch.library.register_autograd('linvis::layer_norm_fwd', _backward, setup_context=_setup_context)
