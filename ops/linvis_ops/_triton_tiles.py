@@ -99,6 +99,16 @@ def load_operand(
 
 
 @triton.jit
+def as_operand(x, dtype: tl.constexpr):
+    """Elements from memory as a factor of a product, beside factors that `operand` gives."""
+    if x.dtype == tl.float32:
+        x = operand(x, dtype)
+    elif x.dtype == tl.float16 or _INTERPRETING:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def store_rows(
     p, x, batch, h, H, start, T, column, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -110,6 +120,20 @@ def store_rows(
         inside = inside & (c < WIDTH)
     p += ((batch * T + start) * H + h) * WIDTH
     tl.store(p + (row * (H * WIDTH) + c), cast(x, p), mask=inside)
+
+
+@triton.jit
+def store_rows_at(
+    p, stride, x, start, T, column, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store tokens of a chunk where `load_rows` would load them."""
+    row = tl.arange(0, L)[:, None]
+    c = column + tl.arange(0, BLOCK)[None, :]
+    inside = start + row < T
+    if WIDTH % BLOCK != 0:
+        inside = inside & (c < WIDTH)
+    p += start.to(tl.int64) * stride
+    tl.store(p + (row * stride + c), cast(x, p), mask=inside)
 
 
 @triton.jit

@@ -124,6 +124,7 @@ def test_sizes_of_the_network_match_float64(direction, tokens):
 
 # tokens, tokens of a chunk, chunks of a segment
 ONE_SEGMENT, TWO_SEGMENTS, LONG_SCAN = (37, 16, 3), (50, 16, 2), (130, 16, 1)
+# keys and values as wide: gradients of one launch
 THREE_SEGMENTS = (40, 16, 1)
 
 
@@ -133,6 +134,7 @@ THREE_SEGMENTS = (40, 16, 1)
         (ONE_SEGMENT, 'causal', None, 'f32'),
         (ONE_SEGMENT, 'bidirectional', 1.0, 'bf16'),
         (TWO_SEGMENTS, 'causal', 0.9, 'bf16'),
+        (THREE_SEGMENTS, 'causal', 0.9, 'f32'),
         (THREE_SEGMENTS, 'bidirectional', None, 'f16'),
         # the scan takes several rounds
         (LONG_SCAN, 'causal', 0.99, 'f32'),
@@ -152,13 +154,13 @@ def test_every_division_computes_the_definition(device, division, direction, gam
 
     tokens, length, segment = division
     chunks = -(-tokens // length)
-    values = 20 if division != LONG_SCAN else 16
+    values = {LONG_SCAN: 16, THREE_SEGMENTS: 6}.get(division, 20)
     dtype = DTYPES[dtype]
     heads = 2 if gamma is None else 1
     inputs = detached(retention_inputs(1, tokens, heads, 6, values, dtype, device, gamma=gamma))
     exact = [t.cpu().double() for t in inputs]
     go = torch.randn(inputs[2].shape).to(device, dtype)
-    # two slices of 20 values
+    # two slices of 20 values, and of the gradients by keys of as many
     launch = Launch(length, chunks, segment, -(-chunks // segment), keys=16, values=16)
     bidirectional = direction == 'bidirectional'
     actual = retention_forward(*inputs, bidirectional, launch=launch)
@@ -250,6 +252,29 @@ def test_division_covers_the_sequence(shape, dtype, width):
         assert launch.chunks <= launch.segments * launch.segment
         assert launch.keys >= width
         assert launch.segments == 1 or shape[1] > 256
+
+
+@pytest.mark.parametrize(
+    ('shape', 'segments', 'chunks'),
+    [
+        ((128, 197, 6), 1, 4),
+        ((64, 1024, 6), 1, 16),
+        ((16, 4096, 12), 1, 64),
+        ((4, 16384, 6), 11, 24),
+        ((1, 1000, 1), 16, 1),
+    ],
+)
+def test_segments_are_equal_and_no_more_than_the_gpu_has_places_for(
+    monkeypatch, shape, segments, chunks
+):
+    from linvis_ops import _chunks
+    from linvis_ops.retention.launch import launch_for
+
+    monkeypatch.setattr(_chunks, '_capability_and_processors', lambda _: ((9, 0), 132))
+    q = torch.empty((*shape, 64), device='meta', dtype=torch.bfloat16)
+    for of in ('fwd', 'bwd'):
+        launch = launch_for(q, q, of)
+        assert (launch.segments, launch.segment) == (segments, chunks)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Triton kernels of retention on sequences: states of segments, scan, outputs.
 
-A chunk is L tokens, a segment some chunks. A program of the output kernel has one chunk of one
-head: it forms the state that enters it, in the bidirectional form from either side, out of the
-other chunks of its segment and what a scan over segments left in memory, and adds what the chunk's
-own tokens see of each other. Every decay is a power of the distance itself. Sums are float32.
+A chunk is L tokens, a segment some chunks. A program of the output kernel walks the chunks of a
+segment of one head, one after the other, with the state in registers; what enters the segment a
+scan over segments has left in memory. Every decay is a power of the distance itself. Sums are
+float32.
 README.md of this folder, Implementation in Triton, has the reasons.
 """
 
@@ -17,13 +17,14 @@ from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import (
     add_product,
+    as_operand,
+    cast,
     load_operand,
     load_rows,
     operand,
     place,
     product,
-    state_offsets,
-    store_rows,
+    store_rows_at,
 )
 from linvis_ops.retention.launch import rows_and_launch
 
@@ -50,86 +51,133 @@ def decay(log2, distance):
 
 
 @triton.jit
-def own_decays(log2, L: tl.constexpr, BIDIRECTIONAL: tl.constexpr):
-    """Decays (L, L) between the tokens of a chunk, [query, key]."""
-    distance = tl.arange(0, L)[:, None] - tl.arange(0, L)[None, :]
-    decays = decay(log2, distance)
-    if not BIDIRECTIONAL:
-        decays = tl.where(distance >= 0, decays, 0.0)
-    return decays
+def advance(state, across, x, y, factor, dtype: tl.constexpr):
+    """State (BV, BK) with the tokens x (L, BK) and y (L, BV) of a chunk added.
+
+    Args:
+        state: Without them, float32.
+        across: Its decay.
+        x: An operand.
+        y: As it is in memory.
+        factor: (L,): decays of the tokens.
+        dtype: Of the inputs.
+    """
+    decayed = operand(tl.trans(y).to(tl.float32) * factor[None, :], dtype)
+    return add_product(state * across, decayed, x, dtype)
 
 
 @triton.jit
-def absorb(
-    state, p_x, p_y, x_stride, y_stride, start, edge, log2, T, column,
-    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def offsets_of_state(
+    column, k_stride, v_stride, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
-    """Add x y^T of a chunk's tokens to a state (BK, BV), decayed up to the token called edge."""
-    dtype: tl.constexpr = p_x.dtype.element_ty
-    x = load_operand(p_x, x_stride, start, T, 0, K, L, BK)
-    y = load_rows(p_y, y_stride, start, T, column, V, L, BV).to(tl.float32)
-    y *= decay(log2, start - edge + tl.arange(0, L))[:, None]
-    return add_product(state, tl.trans(x), operand(y, dtype), dtype)
+    """Where the elements (BV, BK) of a state are in memory, and which of them exist."""
+    c = column + tl.arange(0, BV)[:, None]
+    i = tl.arange(0, BK)[None, :]
+    exist = i < K
+    if V % BV != 0:
+        exist = exist & (c < V)
+    return c * v_stride + i * k_stride, exist
 
 
 @triton.jit
 def entering_state(
-    p_x, p_y, x_stride, y_stride, states, index, start, log2, T, N, R, column,
-    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BEHIND: tl.constexpr,
+    states, number, exchanged, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
-    """Sum of x y^T over all tokens before a chunk, or behind it, decayed up to the next of them.
+    """State (BV, BK) of the scan with this number; zeros if there is no scan."""
+    if states is None:
+        state = tl.zeros((BV, BK), tl.float32)
+    else:
+        offsets, exist = offsets_of_state(column, 1, K, K, V, BK, BV)
+        if exchanged:
+            offsets, exist = offsets_of_state(column, V, 1, K, V, BK, BV)
+        state = tl.load(states + number * (K * V) + offsets, mask=exist, other=0.0)
+    return state
+
+
+@triton.jit
+def walk(
+    p_q, p_k, p_v, q_stride, k_stride, v_stride, p_o, o_stride, states, number, span, exchanged,
+    room, first, last, against, log2, scale, T, column,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr,
+):  # fmt: skip
+    """Retention of the tokens of a segment, chunk by chunk, with the state in registers.
 
     Args:
-        p_x: Of one head, (T, K).
-        p_y: (T, V).
-        x_stride: Of tokens.
-        y_stride: Of tokens.
+        p_q: Queries of one head, (T, K).
+        p_k: Keys, (T, K).
+        p_v: Values, (T, V).
+        q_stride: Of tokens.
+        k_stride: Of tokens.
+        v_stride: Of tokens.
+        p_o: Where outputs go, (T, V).
+        o_stride: Of tokens.
         states: Of the scan, or None.
-        index: Number of the state in it that enters the segment.
-        start: First token of the chunk.
+        number: Of the state that enters the segment where the walk begins.
+        span: From there to the number of the state that enters at the other end, if BIDIRECTIONAL.
+        exchanged: The states of the scan have values as keys: they are (K, V), else (V, K).
+        room: (N, V, K), in the dtype of operands, for states of the chunks, if BIDIRECTIONAL.
+        first: First chunk.
+        last: Chunk behind the last one.
+        against: Tokens see those behind them, unless BIDIRECTIONAL, and the walk goes from last to
+            first.
         log2: As `load_log2` gives it.
+        scale: Of the products of queries and keys.
         T: Tokens.
-        N: Chunks.
-        R: Chunks of a segment.
         column: First value channel of the tile.
         K: Key channels.
         V: Value channels.
         L: Tokens of a chunk.
         BK: Key channels of a tile.
         BV: Value channels of a tile.
-        BEHIND: Tokens behind the chunk and not before it.
-
-    Returns:
-        An operand, (BK, BV).
+        BIDIRECTIONAL: Tokens see all.
     """
-    n = start // L
-    state = tl.zeros((BK, BV), tl.float32)
-    if BEHIND:
-        edge = start + L
-        border = (n // R + 1) * R * L  # first token behind the segment
-        first = n + 1
-        last = tl.minimum((n // R + 1) * R, N)
-    else:
-        edge = start - 1
-        border = n // R * R * L - 1  # last token before the segment
-        first = n // R * R
-        last = n
-    if states is not None:
-        offsets, exist = state_offsets(column, K, V, BK, BV)
-        state = tl.load(states + index * (K * V) + offsets, mask=exist, other=0.0)
-        state *= decay(log2, edge - border)
+    dtype: tl.constexpr = p_q.dtype.element_ty
+    across = decay(log2, L)
+    row = tl.arange(0, L)
+    if BIDIRECTIONAL:
+        # what enters each chunk from the other end is left in memory
+        state = entering_state(states, number + span, exchanged, column, K, V, BK, BV)
+        factor = decay(log2, row)
+        offsets, exist = offsets_of_state(column, 1, K, K, V, BK, BV)
+        for i in range(last - first):
+            n = last - 1 - i
+            b_k = load_operand(p_k, k_stride, n * L, T, 0, K, L, BK)
+            b_v = load_rows(p_v, v_stride, n * L, T, column, V, L, BV)
+            p = room + n.to(tl.int64) * (K * V)
+            tl.store(p + offsets, cast(state, p), mask=exist)
+            state = advance(state, across, b_k, b_v, factor, dtype)
+        tl.debug_barrier()  # other threads read what is stored
+    passed = tl.where(against, L - 1 - row, row)  # tokens of the chunk that were passed before
+    factor = decay(log2, L - 1 - passed)
+    reading = (decay(log2, passed + 1) * scale)[:, None]
+    reading_behind = (decay(log2, L - row) * scale)[:, None]
+    distance = passed[:, None] - passed[None, :]
+    decays = decay(log2, distance) * scale
+    if not BIDIRECTIONAL:
+        decays = tl.where(distance >= 0, decays, 0.0)
+    state = entering_state(states, number, exchanged, column, K, V, BK, BV)
     for i in range(last - first):
-        state = absorb(
-            state, p_x, p_y, x_stride, y_stride, (first + i) * L, edge, log2, T, column,
-            K, V, L, BK, BV,
-        )  # fmt: skip
-    return operand(state, p_x.dtype.element_ty)
+        n = tl.where(against, last - 1 - i, first + i)
+        b_q = load_operand(p_q, q_stride, n * L, T, 0, K, L, BK)
+        b_k = load_operand(p_k, k_stride, n * L, T, 0, K, L, BK)
+        weight = operand(product(b_q, tl.trans(b_k), dtype) * decays, dtype)
+        out = product(b_q, tl.trans(operand(state, dtype)), dtype) * reading
+        if BIDIRECTIONAL:
+            p = room + n.to(tl.int64) * (K * V)
+            behind = as_operand(tl.load(p + offsets, mask=exist, other=0.0), dtype)
+            out += product(b_q, tl.trans(behind), dtype) * reading_behind
+        b_v = load_rows(p_v, v_stride, n * L, T, column, V, L, BV)
+        out = add_product(out, weight, as_operand(b_v, dtype), dtype)
+        store_rows_at(p_o, o_stride, out, n * L, T, column, V, L, BV)
+        state = advance(state, across, b_k, b_v, factor, dtype)
 
 
 @triton.jit
 def store_segment(
-    p_x, p_y, x_stride, y_stride, states, index, span, first, last, R, log2, T, column,
+    p_x, p_y, x_stride, y_stride, states, index, span, first, last, log2, T, column,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ALONG: tl.constexpr, AGAINST: tl.constexpr,
 ):  # fmt: skip
@@ -139,20 +187,20 @@ def store_segment(
     AGAINST, is `span` further.
     """
     dtype: tl.constexpr = p_x.dtype.element_ty
-    along = tl.zeros((BK, BV), tl.float32)
-    against = tl.zeros((BK, BV), tl.float32)
+    along = tl.zeros((BV, BK), tl.float32)
+    against = tl.zeros((BV, BK), tl.float32)
+    row = tl.arange(0, L)
+    factor = decay(log2, L - 1 - row)
+    across = decay(log2, L)
     for i in range(last - first):
         start = (first + i) * L
-        token = i * L + tl.arange(0, L)
-        x = tl.trans(load_operand(p_x, x_stride, start, T, 0, K, L, BK))
-        y = load_rows(p_y, y_stride, start, T, column, V, L, BV).to(tl.float32)
+        x = load_operand(p_x, x_stride, start, T, 0, K, L, BK)
+        y = load_rows(p_y, y_stride, start, T, column, V, L, BV)
         if ALONG:
-            decayed = operand(y * decay(log2, R * L - 1 - token)[:, None], dtype)
-            along = add_product(along, x, decayed, dtype)
+            along = advance(along, across, x, y, factor, dtype)
         if AGAINST:
-            decayed = operand(y * decay(log2, token)[:, None], dtype)
-            against = add_product(against, x, decayed, dtype)
-    offsets, exist = state_offsets(column, K, V, BK, BV)
+            against = advance(against, 1.0, x, y, decay(log2, i * L + row), dtype)
+    offsets, exist = offsets_of_state(column, 1, K, K, V, BK, BV)
     if ALONG:
         tl.store(states + index * (K * V) + offsets, along, mask=exist)
     if AGAINST:
@@ -171,7 +219,7 @@ def retention_state_kernel(
     v,  # (B, T, H, V)
     go,  # (B, T, H, V): gradient by the output; or None
     log_gamma,  # (H,), float32
-    states,  # (kinds, B, H, S, K, V), float32
+    states,  # (kinds, B, H, S, V, K), float32
     T,
     H,
     N,  # chunks
@@ -202,8 +250,10 @@ def retention_state_kernel(
     if tl.program_id(2) == 0:
         p_k = k + (batch * k_b + h * k_h) * ALIGN
         p_v = v + (batch * v_b + h * v_h) * ALIGN
+        if not BIDIRECTIONAL:
+            last = tl.where(m == S - 1, first, last)  # no segment reads what it leaves
         store_segment(
-            p_k, p_v, k_t * ALIGN, v_t * ALIGN, states, index, span, first, last, R, log2, T,
+            p_k, p_v, k_t * ALIGN, v_t * ALIGN, states, index, span, first, last, log2, T,
             column, K, V, L, BK, BV, True, BIDIRECTIONAL,
         )  # fmt: skip
     elif go is not None:
@@ -211,15 +261,17 @@ def retention_state_kernel(
         p_o = go + (batch * o_b + h * o_h) * ALIGN
         if BIDIRECTIONAL:
             index += 2 * span
+        else:
+            last = tl.where(m == 0, first, last)
         store_segment(
-            p_q, p_o, q_t * ALIGN, o_t * ALIGN, states, index, span, first, last, R, log2, T,
+            p_q, p_o, q_t * ALIGN, o_t * ALIGN, states, index, span, first, last, log2, T,
             column, K, V, L, BK, BV, BIDIRECTIONAL, True,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=['S', 'H', 'heads', 'length'])
 def retention_scan_kernel(
-    states,  # (kinds, B, H, S, K, V): of segments alone; of all before (behind) them at the end
+    states,  # (kinds, B, H, S, V, K): of segments alone; of all before (behind) them at the end
     log_gamma,  # (H,), float32
     S,
     H,
@@ -262,12 +314,13 @@ def retention_out_kernel(
     v,  # (B, T, H, V)
     log_gamma,  # (H,), float32
     o,  # (B, T, H, V), contiguous
-    states,  # (1 or 2, B, H, S, K, V) of the scan, or None
+    states,  # (1 or 2, B, H, S, V, K) of the scan, or None
+    room,  # (B, H, N, V, K), in the dtype of operands, or None if not BIDIRECTIONAL
     T,
     H,
-    N,
-    R,
-    S,
+    N,  # chunks
+    R,  # chunks of a segment
+    S,  # segments
     scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     ALIGN: tl.constexpr,
@@ -278,38 +331,20 @@ def retention_out_kernel(
     BV: tl.constexpr,
     BIDIRECTIONAL: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one chunk."""
-    batch, n, h = place(tl.program_id(0), N, H)
-    column = tl.program_id(1) * BV
-    dtype: tl.constexpr = q.dtype.element_ty
-    p_q = q + (batch * q_b + h * q_h) * ALIGN
-    p_k = k + (batch * k_b + h * k_h) * ALIGN
-    p_v = v + (batch * v_b + h * v_h) * ALIGN
-    q_stride, k_stride, v_stride = q_t * ALIGN, k_t * ALIGN, v_t * ALIGN
-    log2 = load_log2(log_gamma, h)
-    index = (batch * H + h) * S + n // R
-    span = tl.num_programs(0).to(tl.int64) // N * S
-    start = n * L
-    row = tl.arange(0, L)
-
-    k_before = entering_state(
-        p_k, p_v, k_stride, v_stride, states, index, start, log2, T, N, R, column,
-        K, V, L, BK, BV, False,
+    """Outputs of one segment, from one slice of the values."""
+    batch, m, h = place(tl.program_id(0), S, H)
+    head = batch * H + h
+    if BIDIRECTIONAL:
+        room += head * N * (K * V)
+    walk(
+        q + (batch * q_b + h * q_h) * ALIGN,
+        k + (batch * k_b + h * k_h) * ALIGN,
+        v + (batch * v_b + h * v_h) * ALIGN,
+        q_t * ALIGN, k_t * ALIGN, v_t * ALIGN, o + (batch * T * H + h) * V, H * V, states,
+        head * S + m, tl.num_programs(0).to(tl.int64), False, room, m * R,
+        tl.minimum(m * R + R, N), False, load_log2(log_gamma, h), scale, T,
+        tl.program_id(1) * BV, K, V, L, BK, BV, BIDIRECTIONAL,
     )  # fmt: skip
-    if BIDIRECTIONAL:
-        k_behind = entering_state(
-            p_k, p_v, k_stride, v_stride, states, index + span, start, log2, T, N, R, column,
-            K, V, L, BK, BV, True,
-        )  # fmt: skip
-    b_q = load_operand(p_q, q_stride, start, T, 0, K, L, BK)
-    b_k = load_operand(p_k, k_stride, start, T, 0, K, L, BK)
-    weight = product(b_q, tl.trans(b_k), dtype) * own_decays(log2, L, BIDIRECTIONAL)
-    out = product(b_q, k_before, dtype) * decay(log2, row + 1)[:, None]
-    if BIDIRECTIONAL:
-        out += product(b_q, k_behind, dtype) * decay(log2, L - row)[:, None]
-    b_v = load_operand(p_v, v_stride, start, T, column, V, L, BV)
-    out = add_product(out, operand(weight, dtype), b_v, dtype)
-    store_rows(o, out * scale, batch, h, H, start, T, column, V, L, BV)
 
 
 def entering_states(
@@ -324,7 +359,7 @@ def entering_states(
         bidirectional: Of both sides.
 
     Returns:
-        Float32 tensor (kinds, B, H, S, K, V) in the order of `retention_state_kernel`.
+        Float32 tensor (kinds, B, H, S, V, K) in the order of `retention_state_kernel`.
     """
     if launch.segments == 1:
         return None
@@ -333,7 +368,7 @@ def entering_states(
     value_width = v.shape[-1]
     sources = 1 + len(go)
     kinds = sources * (1 + bidirectional)
-    shape = (kinds, batch, heads, launch.segments, key_width, value_width)
+    shape = (kinds, batch, heads, launch.segments, value_width, key_width)
     states = v.new_empty(shape, dtype=torch.float32)
     slices = triton.cdiv(value_width, launch.values)
     retention_state_kernel[(batch * heads * launch.segments, slices, sources)](
@@ -349,6 +384,29 @@ def entering_states(
         K=key_width, V=value_width, BLOCK=SCAN_ELEMENTS, num_warps=2,
     )  # fmt: skip
     return states
+
+
+def room_of_walk(
+    rows: Rows, launch: Launch, bidirectional: bool, outputs: int = 1
+) -> Tensor | None:
+    """Where walks keep the states that enter chunks from the other end.
+
+    Args:
+        rows: q, k, v and what else there is.
+        launch: Division of the tokens.
+        bidirectional: There are such states.
+        outputs: Walks that run together.
+
+    Returns:
+        Tensor (outputs, B, H, N, V, K) in the dtype of operands; None if not bidirectional.
+    """
+    if not bidirectional:
+        return None
+    _, k, v, *_ = rows.tensors
+    batch, _, heads, key_width = k.shape
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+    shape = (outputs, batch, heads, launch.chunks, v.shape[-1], key_width)
+    return v.new_empty(shape, dtype=dtype)
 
 
 def retention_forward(
@@ -368,9 +426,10 @@ def retention_forward(
     o = v.new_empty(v.shape)
     with on_device(v):
         states = entering_states(rows, log_gamma, launch, bidirectional)
+        room = room_of_walk(rows, launch, bidirectional)
         slices = triton.cdiv(value_width, launch.values)
-        retention_out_kernel[(batch * heads * launch.chunks, slices)](
-            *rows.tensors, log_gamma, o, states, tokens, heads, launch.chunks, launch.segment,
+        retention_out_kernel[(batch * heads * launch.segments, slices)](
+            *rows.tensors, log_gamma, o, states, room, tokens, heads, launch.chunks, launch.segment,
             launch.segments, key_width**-0.5 if scale is None else scale, *rows.strides,
             ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
             BV=launch.values, BIDIRECTIONAL=bidirectional, num_warps=launch.warps,

@@ -1,32 +1,16 @@
-"""Triton kernel of the gradient of retention on sequences.
+"""Triton kernel of the gradients of retention on sequences, each a retention with exchanged roles.
 
-A program has one chunk of one head, as in kernels_triton.py. It forms the states that enter the
-chunk and the gradients by those that leave it, one after the other, and turns them into all
-gradients of the chunk's tokens; only the inputs are read. README.md of this folder has formulas.
+README.md of this folder, Gradient, has the table of roles.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from linvis_ops._chunks import Launch
+from linvis_ops._chunks import LEAST, Launch, power_of_two
 from linvis_ops._triton import on_device
-from linvis_ops._triton_tiles import (
-    add_product,
-    load_operand,
-    operand,
-    place,
-    product,
-    store_rows,
-)
-from linvis_ops.retention.kernels_triton import (
-    decay,
-    entering_state,
-    entering_states,
-    load_log2,
-    own_decays,
-)
+from linvis_ops._triton_tiles import place
+from linvis_ops.retention.kernels_triton import entering_states, load_log2, room_of_walk, walk
 from linvis_ops.retention.launch import rows_and_launch
 
 
@@ -37,15 +21,16 @@ from linvis_ops.retention.launch import rows_and_launch
     ]
 )  # fmt: skip
 def retention_gradient_kernel(
-    q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
+    q,  # (B, T, H, K or V), any strides that are multiples of ALIGN, the last one 1
     k,
-    v,  # (B, T, H, V)
-    go,  # (B, T, H, V): gradient by the output
+    v,
+    go,  # gradient by the output
     log_gamma,  # (H,), float32
-    states,  # (2 or 4, B, H, S, K, V) of the scan, or None
-    dq,  # (B, T, H, K), contiguous; (slices of V, B, T, H, K), float32, where there are several
+    states,  # (2 or 4, B, H, S, ..) of the scan, or None
+    room,  # (OUTPUTS, B, H, N, ..), in the dtype of operands, or None if not BIDIRECTIONAL
+    dq,  # contiguous
     dk,
-    dv,  # (B, T, H, V), contiguous
+    dv,
     T,
     H,
     N,  # chunks
@@ -54,75 +39,47 @@ def retention_gradient_kernel(
     scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h,
     ALIGN: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
+    K: tl.constexpr,  # of the tensors in the role of keys
+    V: tl.constexpr,  # of those in the role of values
     L: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BIDIRECTIONAL: tl.constexpr,
+    FIRST: tl.constexpr,
+    OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk, from one slice of the values."""
-    batch, n, h = place(tl.program_id(0), N, H)
-    column = tl.program_id(1) * BV
-    # each slice of values has gradients of its own by q and k
-    part = tl.num_programs(0).to(tl.int64) // (N * H) * tl.program_id(1)
-    dtype: tl.constexpr = q.dtype.element_ty
-    p_q = q + (batch * q_b + h * q_h) * ALIGN
-    p_k = k + (batch * k_b + h * k_h) * ALIGN
-    p_v = v + (batch * v_b + h * v_h) * ALIGN
-    p_o = go + (batch * o_b + h * o_h) * ALIGN
-    q_stride, k_stride, v_stride, o_stride = q_t * ALIGN, k_t * ALIGN, v_t * ALIGN, o_t * ALIGN
-    log2 = load_log2(log_gamma, h)
-    index = (batch * H + h) * S + n // R
-    span = tl.num_programs(0).to(tl.int64) // N * S
-    start = n * L
-    row = tl.arange(0, L)
-    from_before = decay(log2, row + 1)[:, None]
-    from_behind = decay(log2, L - row)[:, None]
-
-    # both are formed before one is used, so that no gradient is kept in registers through a loop
-    k_before = entering_state(
-        p_k, p_v, k_stride, v_stride, states, index, start, log2, T, N, R, column,
-        K, V, L, BK, BV, False,
+    """One slice of one gradient of one segment: by q, k and v, of which FIRST is the first one."""
+    programs = tl.num_programs(0).to(tl.int64) // OUTPUTS
+    batch, m, h = place(tl.program_id(0) // OUTPUTS, S, H)
+    which = FIRST + tl.program_id(0) % OUTPUTS
+    head = batch * H + h
+    number = head * S + m
+    if BIDIRECTIONAL:
+        room += ((which - FIRST) * (programs // S) + head) * N * (K * V)
+        if which > 0:
+            number += 2 * programs
+    elif which > 0:
+        number += programs
+    q += (batch * q_b + h * q_h) * ALIGN
+    k += (batch * k_b + h * k_h) * ALIGN
+    v += (batch * v_b + h * v_h) * ALIGN
+    go += (batch * o_b + h * o_h) * ALIGN
+    # in the roles of queries, keys and values
+    if which == 0:
+        p_q, p_k, p_v, p_o = go, v, k, dq
+        q_stride, k_stride, v_stride = o_t, v_t, k_t
+    elif which == 1:
+        p_q, p_k, p_v, p_o = v, go, q, dk
+        q_stride, k_stride, v_stride = v_t, o_t, q_t
+    else:
+        p_q, p_k, p_v, p_o = k, q, go, dv
+        q_stride, k_stride, v_stride = k_t, q_t, o_t
+    walk(
+        p_q, p_k, p_v, q_stride * ALIGN, k_stride * ALIGN, v_stride * ALIGN,
+        p_o + (batch * T * H + h) * V, H * V, states, number, programs, which < 2, room, m * R,
+        tl.minimum(m * R + R, N), (which > 0) & (not BIDIRECTIONAL), load_log2(log_gamma, h),
+        scale, T, tl.program_id(1) * BV, K, V, L, BK, BV, BIDIRECTIONAL,
     )  # fmt: skip
-    if BIDIRECTIONAL:
-        k_behind = entering_state(
-            p_k, p_v, k_stride, v_stride, states, index + span, start, log2, T, N, R, column,
-            K, V, L, BK, BV, True,
-        )  # fmt: skip
-    b_o = load_operand(p_o, o_stride, start, T, column, V, L, BV)
-    b_dq = product(b_o, tl.trans(k_before), dtype) * from_before
-    if BIDIRECTIONAL:
-        b_dq += product(b_o, tl.trans(k_behind), dtype) * from_behind
-    b_k = load_operand(p_k, k_stride, start, T, 0, K, L, BK)
-    b_v = load_operand(p_v, v_stride, start, T, column, V, L, BV)
-    decays = own_decays(log2, L, BIDIRECTIONAL)
-    d_weight = operand(product(b_o, tl.trans(b_v), dtype) * decays, dtype)
-    b_dq = add_product(b_dq, d_weight, b_k, dtype)
-    store_rows(dq, b_dq * scale, part + batch, h, H, start, T, 0, K, L, BK)
-
-    number = index + (3 if BIDIRECTIONAL else 1) * span
-    q_behind = entering_state(
-        p_q, p_o, q_stride, o_stride, states, number, start, log2, T, N, R, column,
-        K, V, L, BK, BV, True,
-    )  # fmt: skip
-    if BIDIRECTIONAL:
-        q_before = entering_state(
-            p_q, p_o, q_stride, o_stride, states, index + 2 * span, start, log2, T, N, R, column,
-            K, V, L, BK, BV, False,
-        )  # fmt: skip
-    b_dk = product(b_v, tl.trans(q_behind), dtype) * from_behind
-    if BIDIRECTIONAL:
-        b_dk += product(b_v, tl.trans(q_before), dtype) * from_before
-    b_q = load_operand(p_q, q_stride, start, T, 0, K, L, BK)
-    b_dk = add_product(b_dk, tl.trans(d_weight), b_q, dtype)
-    store_rows(dk, b_dk * scale, part + batch, h, H, start, T, 0, K, L, BK)
-    b_dv = product(b_k, q_behind, dtype) * from_behind
-    if BIDIRECTIONAL:
-        b_dv += product(b_k, q_before, dtype) * from_before
-    weight = operand(product(b_q, tl.trans(b_k), dtype) * decays, dtype)
-    b_dv = add_product(b_dv, tl.trans(weight), b_o, dtype)
-    store_rows(dv, b_dv * scale, batch, h, H, start, T, column, V, L, BV)
 
 
 def retention_backward(
@@ -137,21 +94,27 @@ def retention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v, contiguous, each in the dtype of its tensor."""
     batch, tokens, heads, key_width = q.shape
+    value_width = v.shape[-1]
     rows, launch = rows_and_launch('bwd', launch, q, k, v, go)
     log_gamma = log_gamma.contiguous()
-    slices = triton.cdiv(v.shape[-1], launch.values)
-    dv = v.new_empty(v.shape)
-    shape, dtype = (q.shape, q.dtype) if slices == 1 else ((slices, *q.shape), torch.float32)
-    dq, dk = (q.new_empty(shape, dtype=dtype) for _ in range(2))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    # first gradient, number of them, widths of what is in the roles of keys and of values
+    if key_width == value_width:
+        calls = [(0, 3, key_width, value_width)]
+    else:
+        calls = [(0, 2, value_width, key_width), (2, 1, key_width, value_width)]
     with on_device(v):
         states = entering_states(rows, log_gamma, launch, bidirectional)
-        retention_gradient_kernel[(batch * heads * launch.chunks, slices)](
-            *rows.tensors, log_gamma, states, dq, dk, dv, tokens, heads, launch.chunks,
-            launch.segment, launch.segments, key_width**-0.5 if scale is None else scale,
-            *rows.strides, ALIGN=rows.align, K=key_width, V=v.shape[-1], L=launch.length,
-            BK=launch.keys, BV=launch.values, BIDIRECTIONAL=bidirectional,
-            num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
-        )  # fmt: skip
-    if slices > 1:
-        dq, dk = dq.sum(0).to(q.dtype), dk.sum(0).to(q.dtype)
+        for first, outputs, keys, values in calls:
+            bk = power_of_two(keys)
+            bv = min(power_of_two(values), max(launch.keys * launch.values // bk, LEAST))
+            room = room_of_walk(rows, launch, bidirectional, outputs)
+            programs = outputs * batch * heads * launch.segments
+            retention_gradient_kernel[(programs, triton.cdiv(values, bv))](
+                *rows.tensors, log_gamma, states, room, dq, dk, dv, tokens, heads, launch.chunks,
+                launch.segment, launch.segments, key_width**-0.5 if scale is None else scale,
+                *rows.strides, ALIGN=rows.align, K=keys, V=values, L=launch.length, BK=bk, BV=bv,
+                BIDIRECTIONAL=bidirectional, FIRST=first, OUTPUTS=outputs, num_warps=launch.warps,
+                num_stages=launch.stages, maxnreg=launch.registers,
+            )  # fmt: skip
     return dq, dk, dv

@@ -12,13 +12,12 @@ from torch import Tensor
 from linvis_ops._chunks import Rows, rows_of
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import exp2
-from linvis_ops._triton_tiles import add_product, cast, operand, place, product
+from linvis_ops._triton_tiles import add_product, as_operand, cast, operand, place, product
 from linvis_ops.retention.kernels_triton import decay, load_log2
 from linvis_ops.retention.kernels_triton_grid_states import (
     BEFORE,
     BEHIND,
     BOTH,
-    as_operand,
     load_tokens,
     retention_line_kernel,
     retention_mix_kernel,

@@ -8,15 +8,13 @@ README.md of this folder, Implementation in Triton, has the formulas.
 import triton
 import triton.language as tl
 
-from linvis_ops._triton import interpreting
-from linvis_ops._triton_tiles import add_product, cast, operand, place, product
+from linvis_ops._triton_tiles import add_product, as_operand, cast, operand, place, product
 from linvis_ops.retention.kernels_triton import decay, load_log2
 
 # Which tokens are seen: those above and to the left, those below and to the right, all.
 BEFORE = tl.constexpr(0)
 BEHIND = tl.constexpr(1)
 BOTH = tl.constexpr(2)
-_INTERPRETING = tl.constexpr(interpreting())
 
 
 @triton.jit
@@ -38,16 +36,6 @@ def load_tokens(
     if WIDTH % BLOCK != 0:
         inside = inside & (c < WIDTH)
     return tl.load(p + (number * stride)[:, None] + c, mask=inside, other=0)
-
-
-@triton.jit
-def as_operand(x, dtype: tl.constexpr):
-    """Elements from memory as a factor of a product, beside factors that `operand` gives."""
-    if x.dtype == tl.float32:
-        x = operand(x, dtype)
-    elif x.dtype == tl.float16 or _INTERPRETING:
-        x = x.to(tl.float32)
-    return x
 
 
 @triton.jit(

@@ -69,7 +69,7 @@ Size = Literal['small', 'large', 'wide']
 # bytes, are wide. By compute capability; (0, 0) is for all others.
 RULES: dict[tuple[int, int], dict[Size, GridRule]] = {
     (0, 0): {
-        'small': GridRule(length=64),
+        'small': GridRule(length=64, tile_rows=32, tile_columns=32),
         'large': GridRule(length=64, warps=8),
         # lines of tiles of up to 32 rows and columns: longer ones spill registers
         'wide': GridRule(length=32, tile_rows=24, tile_columns=24, warps=8, state_bytes=8192),
