@@ -23,10 +23,13 @@ from linvis_ops._triton_tiles import (
     product,
     store_rows,
 )
-from linvis_ops.bi_gla.kernels_triton import bi_gla_out_kernel, entering_states
+from linvis_ops.bi_gla.kernels_triton import enter, launch_states, new_states
 from linvis_ops.bi_gla.kernels_triton_by_tokens import launch_by_tokens
 from linvis_ops.bi_gla.kernels_triton_common import (
     add_weighted,
+    any_outside,
+    choose,
+    exp,
     load_ones,
     load_state,
     load_weights,
@@ -39,7 +42,75 @@ from linvis_ops.bi_gla.launch import launch_for
 
 @triton.jit(
     do_not_specialize=[
-        'T', 'H', 'N', 'R', 'S', 'half', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'v_b', 'v_t',
+        'T', 'H', 'N', 'half', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'f_b', 'f_t', 'f_h', 'b_b', 'b_t', 'b_h', 'o_b', 'o_t', 'o_h',
+    ]
+)  # fmt: skip
+def bi_gla_value_gradient_kernel(
+    q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
+    k,
+    g_fwd,
+    g_bwd,
+    go,  # (B, T, H, V): gradient by the output
+    dv,  # (B, T, H, V), contiguous
+    flags,  # (B * N * H,), int8: whether a chunk is out of range, so that its results are wrong
+    weights,  # of make_weights
+    states,  # (4, B, H, N, K, V)
+    T,
+    H,
+    N,  # chunks
+    half,  # half the scale
+    q_b, q_t, q_h, k_b, k_t, k_h, f_b, f_t, f_h, b_b, b_t, b_h, o_b, o_t, o_h,
+    ALIGN: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """Gradient by the values of one chunk.
+
+    It is the output with q and k exchanged, the gradient by the output in place of v, and the
+    gradients by the states in place of these.
+    """
+    batch, n, h = place(tl.program_id(0), N, H)
+    column = tl.program_id(1) * BV
+    dtype: tl.constexpr = q.dtype.element_ty
+    p_q = q + (batch * q_b + h * q_h) * ALIGN
+    p_k = k + (batch * k_b + h * k_h) * ALIGN
+    p_f = g_fwd + (batch * f_b + h * f_h) * ALIGN
+    p_b = g_bwd + (batch * b_b + h * b_h) * ALIGN
+    p_o = go + (batch * o_b + h * o_h) * ALIGN
+    q_stride, k_stride = q_t * ALIGN, k_t * ALIGN
+    f_stride, b_stride, o_stride = f_t * ALIGN, b_t * ALIGN, o_t * ALIGN
+    index = batch * H + h
+    span = tl.num_programs(0) // N
+    start = n * L
+
+    f_log = log_decays_from_middle(weights, 5, p_f, f_stride, start, T, dtype, K, L, BK)
+    b_log = log_decays_from_middle(weights, 4, p_b, b_stride, start, T, dtype, K, L, BK)
+    if column == 0:
+        tl.store(flags + tl.program_id(0), any_outside(f_log, b_log, dtype).to(tl.int8))
+    x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+    f_k = operand(x * exp(-f_log), dtype)
+    b_k = operand(x * exp(-b_log), dtype)
+    x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+    f_weight = product(f_k, tl.trans(operand(x * exp(f_log), dtype)), dtype)
+    b_weight = product(b_k, tl.trans(operand(x * exp(b_log), dtype)), dtype)
+    # the token itself counts in both
+    weight = tl.where(choose(L, True, True), f_weight, 0.0)
+    weight += tl.where(choose(L, False, True), b_weight, 0.0)
+    y = load_operand(p_o, o_stride, start, T, column, V, L, BV)
+    state = load_state(states, (index + 3 * span) * N + n, column, dtype, K, V, BK, BV)
+    out = product(f_k, state, dtype)
+    state = load_state(states, (index + 2 * span) * N + n, column, dtype, K, V, BK, BV)
+    out = add_product(out, b_k, state, dtype)
+    out = add_product(out, operand(weight, dtype), y, dtype)
+    store_rows(dv, out * half, batch, h, H, start, T, column, V, L, BV)
+
+
+@triton.jit(
+    do_not_specialize=[
+        'T', 'H', 'N', 'half', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'v_b', 'v_t',
         'v_h', 'f_b', 'f_t', 'f_h', 'b_b', 'b_t', 'b_h', 'o_b', 'o_t', 'o_h',
     ]
 )  # fmt: skip
@@ -51,9 +122,7 @@ def bi_gla_gradient_kernel(
     g_bwd,
     go,  # (B, T, H, V): gradient by the output
     weights,  # of make_weights
-    states,  # (4, B, H, N, V, K), or None for one chunk
-    logs,  # (4, B, H, N, K), or None for one segment
-    sums,  # (4, B, H, S, V, K) of the scan, or None for one segment
+    states,  # (4, B, H, N, K, V)
     dq,  # (B, T, H, K), contiguous; (slices of V, B, T, H, K), float32, where there are several
     dk,
     dg_fwd,
@@ -61,8 +130,6 @@ def bi_gla_gradient_kernel(
     T,
     H,
     N,  # chunks
-    R,  # chunks of a segment
-    S,  # segments
     half,  # half the scale
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, f_b, f_t, f_h, b_b, b_t, b_h, o_b, o_t, o_h,
     ALIGN: tl.constexpr,
@@ -90,7 +157,6 @@ def bi_gla_gradient_kernel(
     f_stride, b_stride, o_stride = f_t * ALIGN, b_t * ALIGN, o_t * ALIGN
     index = batch * H + h
     span = tl.num_programs(0) // N
-    m = n // R
     start = n * L
 
     y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
@@ -107,11 +173,12 @@ def bi_gla_gradient_kernel(
         own = tl.sum(tl.where(other == row, d_weight, 0.0), 1)[:, None]
         d_weight = multiplied(operand(d_weight, dtype), before, dtype)
         at = index + span * direction
-        state = load_state(states, logs, sums, at, n, m, N, S, column, dtype, K, V, BK, BV)
+        state = load_state(states, at * N + n, column, dtype, K, V, BK, BV)
         at = index + span * (3 - direction)
-        d_state = load_state(states, logs, sums, at, n, m, N, S, column, dtype, K, V, BK, BV)
+        d_state = load_state(states, at * N + n, column, dtype, K, V, BK, BV)
         # to the gates, from pairs of tokens on both sides of the chunk
-        dg = product(load_ones(weights, dtype, L, BV), multiplied(state, d_state, dtype), dtype)
+        crossing = multiplied(state, d_state, dtype)
+        dg = product(load_ones(weights, dtype, L, BV), tl.trans(crossing), dtype)
         p_g = tl.where(direction == 1, p_b, p_f)
         g_stride = tl.where(direction == 1, b_stride, f_stride)
         log = LOG2E * log_decays_from_middle(
@@ -121,7 +188,7 @@ def bi_gla_gradient_kernel(
         decay = exp2(-log)
         b_dq += own * x_k
         b_k = operand(x_k * decay, dtype)
-        dk_out = product(y, d_state, dtype)
+        dk_out = product(y, tl.trans(d_state), dtype)
         # from keys before a gate with what leaves the chunk
         seen = b_k.to(tl.float32)
         dg = add_weighted(dg, before, seen * dk_out, dtype, dtype)
@@ -131,7 +198,7 @@ def bi_gla_gradient_kernel(
         dk_within = product(tl.trans(d_weight), b_q, dtype)
         b_dk += (dk_out + dk_within) * decay
         terms = -seen * dk_within
-        b_dq_now = product(g, state, dtype)
+        b_dq_now = product(g, tl.trans(state), dtype)
         b_dq_now = add_product(b_dq_now, d_weight, b_k, dtype)
         b_dq += b_dq_now * exp2(log)
         # from queries behind a gate with what entered, and from pairs within the chunk as a
@@ -175,21 +242,23 @@ def bi_gla_backward(
     division = {
         'ALIGN': rows.align, 'K': key_width, 'V': v.shape[-1], 'L': launch.length,
         'BK': launch.keys, 'BV': launch.values, 'num_warps': launch.warps,
-        'num_stages': launch.stages, 'maxnreg': launch.registers,
+        'num_stages': launch.stages,
     }  # fmt: skip
-    sizes = (tokens, heads, launch.chunks, launch.segment, launch.segments, half)
+    sizes = (tokens, heads, launch.chunks, half)
     grid = (batch * heads * launch.chunks, slices)
     with on_device(v):
         weights = make_weights(q, launch.length)
-        entering = entering_states(rows, launch, weights, with_gradients=True)
-        bi_gla_out_kernel[grid](
-            k, q, go, g_fwd, g_bwd, dv, flags, weights, *entering, *sizes, *of_k, *of_q, *of_o,
-            *of_f, *of_b, TURNED=True, **division,
+        sums = enter(rows, launch, weights, with_gradients=True)
+        states = new_states(rows, launch, 4)
+        launch_states(rows, launch, weights, states, sums)
+        bi_gla_value_gradient_kernel[grid](
+            q, k, g_fwd, g_bwd, go, dv, flags, weights, states, *sizes, *of_q, *of_k, *of_f,
+            *of_b, *of_o, **division,
         )  # fmt: skip
         bi_gla_gradient_kernel[grid](
-            *rows.tensors, weights, *entering, *parts, *sizes, *rows.strides, **division
+            *rows.tensors, weights, states, *parts, *sizes, *rows.strides, **division
         )
-        launch_by_tokens(rows, flags, entering, dv, parts, half, launch)
+        launch_by_tokens(rows, flags, states, dv, parts, half, launch)
     if slices > 1:
         parts = tuple(
             x.sum(0).to(like.dtype) for x, like in zip(parts, (q, k, g_fwd, g_bwd), strict=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linvis_ops._triton import interpreting
 from linvis_ops._triton_math import LOG2E, exp2
-from linvis_ops._triton_tiles import load_rows, operand
+from linvis_ops._triton_tiles import cast, load_rows, operand
 
 _INTERPRETING = tl.constexpr(interpreting())
 # A gate below this decays to 0 in float32 as well, and its sums stay numbers.
@@ -18,11 +18,10 @@ RANGE_FLOAT32 = tl.constexpr(11.0)
 
 
 @triton.jit
-def load_row(p, stride, t, valid, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Token t, (BLOCK,), as float32; 0 unless `valid`."""
+def load_row(p, stride, t, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Token t, (BLOCK,), as float32."""
     c = column + tl.arange(0, BLOCK)
-    inside = valid & (c < WIDTH)
-    return tl.load(p + t.to(tl.int64) * stride + c, mask=inside, other=0).to(tl.float32)
+    return tl.load(p + t.to(tl.int64) * stride + c, mask=c < WIDTH, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -56,6 +55,8 @@ def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
     return chosen
 
 
+# Columns of a product that is a sum.
+LEAST = tl.constexpr(16)
 # Matrices of `make_weights`.
 WEIGHTS = 7
 
@@ -147,10 +148,10 @@ def bound(dtype: tl.constexpr):
 
 
 @triton.jit
-def count_outside(log_decay, dtype: tl.constexpr):
-    """How many log decays, counted from the middle of their range, fit no factor of products."""
-    fit = tl.abs(log_decay) <= bound(dtype)
-    return tl.sum(tl.sum(1 - fit.to(tl.int32), 1), 0)
+def any_outside(f_log, b_log, dtype: tl.constexpr):
+    """Whether a log decay, counted from the middle of its range, fits no factor of products."""
+    fit = (tl.abs(f_log) <= bound(dtype)) & (tl.abs(b_log) <= bound(dtype))
+    return tl.max(1 - fit.to(tl.int32)) > 0
 
 
 @triton.jit
@@ -164,38 +165,54 @@ def to_middle(total, dtype: tl.constexpr):
 
 
 @triton.jit
+def sum_over_tokens(g, dtype: tl.constexpr, digits: tl.constexpr):
+    """Sums (BK,) of gates (L, BK), by the products of `add_weighted`."""
+    if dtype == tl.float32:
+        total = tl.sum(g, 0)
+    else:
+        PIECES: tl.constexpr = 1 if digits == tl.bfloat16 else (2 if digits == tl.float16 else 3)
+        ones = operand(tl.full((g.shape[0], LEAST), 1.0, tl.float32), tl.bfloat16)
+        columns = tl.zeros((g.shape[1], LEAST), tl.float32)
+        for _ in tl.static_range(PIECES):
+            piece = operand(g, tl.bfloat16)
+            columns = tl.dot(tl.trans(piece), ones, columns)
+            g -= piece.to(tl.float32)
+        # all of them are alike
+        total = tl.max(columns, 1)
+    return total
+
+
+@triton.jit
 def state_places(column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Where the elements (BV, BK) of a transposed state are in memory, and which of them exist."""
-    c = column + tl.arange(0, BV)[:, None]
-    i = tl.arange(0, BK)[None, :]
-    exist = tl.full((BV, BK), True, tl.int1)
+    """Where the elements (BK, BV) of a state are in memory, and which of them exist."""
+    i = tl.arange(0, BK)[:, None]
+    c = column + tl.arange(0, BV)[None, :]
+    exist = tl.full((BK, BV), True, tl.int1)
     if K < BK or V % BV != 0:
         exist = (i < K) & (c < V)
-    return c * K + i, exist
+    return i * V + c, exist
 
 
 @triton.jit
 def load_state(
-    states, logs, sums, index, n, m, N, S, column, dtype: tl.constexpr,
+    p, index, column, dtype: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """State number `index` that enters chunk n of segment m, decayed up to the chunk's middle.
+    """State (BK, BV) number `index` of memory, an operand for inputs of a dtype."""
+    places, exist = state_places(column, K, V, BK, BV)
+    x = tl.load(p + index * (K * V) + places, mask=exist, other=0.0)
+    if dtype != tl.bfloat16 or _INTERPRETING:
+        x = operand(x.to(tl.float32), dtype)
+    return x
 
-    Returns:
-        An operand (BV, BK), transposed; zeros if memory has none.
-    """
-    if states is None:
-        state = tl.zeros((BV, BK), tl.float32)
-    else:
-        places, exist = state_places(column, K, V, BK, BV)
-        state = tl.load(states + (index * N + n) * (V * K) + places, mask=exist, other=0.0)
-        state = state.to(tl.float32)
-        if sums is not None:
-            i = tl.arange(0, BK)[None, :]
-            log = tl.load(logs + (index * N + n) * K + i, mask=i < K, other=0.0)
-            entering = tl.load(sums + (index * S + m) * (V * K) + places, mask=exist, other=0.0)
-            state += entering.to(tl.float32) * exp(log)
-    return operand(state, dtype)
+
+@triton.jit
+def store_state(
+    p, x, index, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """Store a state (BK, BV) as number `index` of memory."""
+    places, exist = state_places(column, K, V, BK, BV)
+    tl.store(p + index * (K * V) + places, cast(x, p), mask=exist)
 
 
 @triton.jit
