@@ -211,8 +211,10 @@ def bi_gla_walk_kernel(
     BV: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one segment of one head: a walk against the sequence, then one along it."""
-    batch, m, h = place(tl.program_id(0), S, H)
-    column = tl.program_id(1) * BV
+    SLICES: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    batch, m, h = place(pid // SLICES, S, H)
+    column = pid % SLICES * BV
     dtype: tl.constexpr = q.dtype.element_ty
     digits: tl.constexpr = g_fwd.dtype.element_ty
     p_q = q + (batch * q_b + h * q_h) * ALIGN
@@ -223,7 +225,7 @@ def bi_gla_walk_kernel(
     q_stride, k_stride, v_stride = q_t * ALIGN, k_t * ALIGN, v_t * ALIGN
     f_stride, b_stride = f_t * ALIGN, b_t * ALIGN
     index = batch * H + h
-    span = tl.num_programs(0) // S
+    span = tl.num_programs(0) // (SLICES * S)
     first = m * R
     last = tl.minimum(first + R, N)
 
@@ -265,8 +267,19 @@ def bi_gla_walk_kernel(
         x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
         f_q = operand(x * exp(f_log), dtype)
         b_q = operand(x * exp(b_log), dtype)
+        log = -f_log
+        rest = decay
+        if outside:
+            # what other chunks get from this one needs no factors in range
+            g = load_gates(p_f, f_stride, start, T, K, L, BK)
+            total = sum_over_tokens(g, dtype, digits)
+            at_middle = state * exp(to_middle(total, dtype))[:, None]
+            store_state(states, at_middle, index * N + n, column, K, V, BK, BV)
+            decay = exp(total)[:, None]
+            rest = tl.full((BK, 1), 1.0, tl.float32)
+            log = add_weighted(zero, load_weights(weights, 0, L), g, dtype, digits)
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
-        keys = operand(x * exp(-f_log), dtype)
+        keys = operand(x * exp(log), dtype)
         # the token itself counts in both
         weight = product(f_q, tl.trans(keys), dtype)
         weight = tl.where(choose(L, False, True), weight, 0.0)
@@ -276,17 +289,6 @@ def bi_gla_walk_kernel(
         out = product(operand(weight, dtype), y, dtype)
         behind = load_state(states, (index + span) * N + n, column, dtype, K, V, BK, BV)
         out = add_product(out, b_q, behind, dtype)
-        rest = decay
-        if outside:
-            # what other chunks get from this one needs no factors in range
-            g = opened(g)
-            total = sum_over_tokens(g, dtype, digits)
-            at_middle = state * exp(to_middle(total, dtype))[:, None]
-            store_state(states, at_middle, index * N + n, column, K, V, BK, BV)
-            decay = exp(total)[:, None]
-            rest = tl.full((BK, 1), 1.0, tl.float32)
-            log = add_weighted(zero, load_weights(weights, 0, L), g, dtype, digits)
-            keys = operand(x * exp(log), dtype)
         state *= decay
         out = add_product(out, f_q, operand(state, dtype), dtype)
         state = add_product(state, tl.trans(keys), y, dtype) * rest
@@ -380,7 +382,7 @@ def bi_gla_forward(
         sums = enter(rows, launch, weights)
         states = new_states(rows, launch, 2)
         slices = triton.cdiv(value_width, launch.values)
-        bi_gla_walk_kernel[(batch * heads * launch.segments, slices)](
+        bi_gla_walk_kernel[(batch * heads * launch.segments * slices,)](
             *rows.tensors, o, flags, weights, states, sums, tokens, heads, launch.chunks,
             launch.segment, launch.segments, half, *rows.strides,
             ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,

@@ -55,7 +55,7 @@ def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
     return chosen
 
 
-# Columns of a product that is a sum.
+# Rows of a product that is a sum.
 LEAST = tl.constexpr(16)
 # Matrices of `make_weights`.
 WEIGHTS = 7
@@ -170,15 +170,10 @@ def sum_over_tokens(g, dtype: tl.constexpr, digits: tl.constexpr):
     if dtype == tl.float32:
         total = tl.sum(g, 0)
     else:
-        PIECES: tl.constexpr = 1 if digits == tl.bfloat16 else (2 if digits == tl.float16 else 3)
-        ones = operand(tl.full((g.shape[0], LEAST), 1.0, tl.float32), tl.bfloat16)
-        columns = tl.zeros((g.shape[1], LEAST), tl.float32)
-        for _ in tl.static_range(PIECES):
-            piece = operand(g, tl.bfloat16)
-            columns = tl.dot(tl.trans(piece), ones, columns)
-            g -= piece.to(tl.float32)
+        ones = operand(tl.full((LEAST, g.shape[0]), 1.0, tl.float32), tl.bfloat16)
+        rows = tl.zeros((LEAST, g.shape[1]), tl.float32)
         # all of them are alike
-        total = tl.max(columns, 1)
+        total = tl.max(add_weighted(rows, ones, g, dtype, digits), 0)
     return total
 
 
