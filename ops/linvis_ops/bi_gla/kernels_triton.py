@@ -356,7 +356,7 @@ def launch_states(
         totals, tokens, heads, launch.chunks, launch.segment, launch.segments, *rows.strides,
         *(() if go else (0, 0, 0)), ALIGN=rows.align, K=key_width, V=value_width,
         L=launch.length, BK=launch.keys, BV=launch.values, KINDS=kinds,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
@@ -386,7 +386,7 @@ def bi_gla_forward(
             *rows.tensors, o, flags, weights, states, sums, tokens, heads, launch.chunks,
             launch.segment, launch.segments, half, *rows.strides,
             ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
-            BV=launch.values, num_warps=launch.warps, num_stages=launch.stages,
+            BV=launch.values, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
         )  # fmt: skip
         launch_by_tokens(rows, flags, states, o, (), half, launch)
     return o

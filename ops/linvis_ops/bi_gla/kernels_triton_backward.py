@@ -30,12 +30,16 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     any_outside,
     choose,
     exp,
+    load_gates,
     load_ones,
     load_state,
     load_weights,
     log_decays_from_middle,
     make_weights,
     multiplied,
+    store_state,
+    sum_over_tokens,
+    to_middle,
 )
 from linvis_ops.bi_gla.launch import launch_for
 
@@ -213,6 +217,201 @@ def bi_gla_gradient_kernel(
     store_rows(dk, half * b_dk, first, h, H, start, T, 0, K, L, BK)
 
 
+@triton.jit(
+    do_not_specialize=[
+        'T', 'H', 'N', 'R', 'S', 'half', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'v_b', 'v_t',
+        'v_h', 'f_b', 'f_t', 'f_h', 'b_b', 'b_t', 'b_h', 'o_b', 'o_t', 'o_h',
+    ]
+)  # fmt: skip
+def bi_gla_walk_gradient_kernel(
+    q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
+    k,
+    v,  # (B, T, H, V)
+    g_fwd,
+    g_bwd,
+    go,  # (B, T, H, V): gradient by the output
+    weights,  # of make_weights
+    states,  # (4, B, H, N, K, V): what enters each chunk; along the sequence only flagged ones
+    sums,  # (4, B, H, S, K, V), float32: what enters each segment; or None for one segment
+    flags,  # (B * N * H,), int8: whether a chunk is out of range, so that its results are wrong
+    dv,  # (B, T, H, V), contiguous
+    dq,  # (B, T, H, K), contiguous; (slices of V, B, T, H, K), float32, where there are several
+    dk,
+    dg_fwd,
+    dg_bwd,
+    T,
+    H,
+    N,  # chunks
+    R,  # chunks of a segment
+    S,  # segments
+    half,  # half the scale
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, f_b, f_t, f_h, b_b, b_t, b_h, o_b, o_t, o_h,
+    ALIGN: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one segment of one head: a walk against the sequence, then one along it."""
+    SLICES: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    batch, m, h = place(pid // SLICES, S, H)
+    column = pid % SLICES * BV
+    # each slice of values has gradients of its own by the other inputs
+    part = batch + tl.num_programs(0).to(tl.int64) // (SLICES * S * H) * (pid % SLICES)
+    dtype: tl.constexpr = q.dtype.element_ty
+    digits: tl.constexpr = g_fwd.dtype.element_ty
+    p_q = q + (batch * q_b + h * q_h) * ALIGN
+    p_k = k + (batch * k_b + h * k_h) * ALIGN
+    p_v = v + (batch * v_b + h * v_h) * ALIGN
+    p_f = g_fwd + (batch * f_b + h * f_h) * ALIGN
+    p_b = g_bwd + (batch * b_b + h * b_h) * ALIGN
+    p_o = go + (batch * o_b + h * o_h) * ALIGN
+    q_stride, k_stride, v_stride = q_t * ALIGN, k_t * ALIGN, v_t * ALIGN
+    f_stride, b_stride, o_stride = f_t * ALIGN, b_t * ALIGN, o_t * ALIGN
+    index = batch * H + h
+    span = tl.num_programs(0) // (SLICES * S)
+    first = m * R
+    last = tl.minimum(first + R, N)
+    # against the sequence: states, and gradients by those that run along it
+    at_s = (index + span) * N
+    at_d = (index + 3 * span) * N
+    if sums is None:
+        state = tl.zeros((BK, BV), tl.float32)
+        d_state = tl.zeros((BK, BV), tl.float32)
+    else:
+        state = load_state(sums, (index + span) * S + m, column, tl.float32, K, V, BK, BV)
+        d_state = load_state(sums, (index + 3 * span) * S + m, column, tl.float32, K, V, BK, BV)
+    before = load_weights(weights, 1, L)
+    until = load_weights(weights, 3, L)
+    for i in range(last - first):
+        n = last - 1 - i
+        start = n * L
+        zero = tl.zeros((L, BK), tl.float32)
+        b_gates = load_gates(p_b, b_stride, start, T, K, L, BK)
+        b_decay = exp(to_middle(sum_over_tokens(b_gates, dtype, digits), dtype))[:, None]
+        f_gates = load_gates(p_f, f_stride, start, T, K, L, BK)
+        f_decay = exp(to_middle(sum_over_tokens(f_gates, dtype, digits), dtype))[:, None]
+        state *= b_decay
+        store_state(states, state, at_s + n, column, K, V, BK, BV)
+        d_state *= f_decay
+        store_state(states, d_state, at_d + n, column, K, V, BK, BV)
+        state *= b_decay
+        log = add_weighted(zero, before, b_gates, dtype, digits)
+        x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
+        state = add_product(state, tl.trans(operand(x * exp(log), dtype)), y, dtype)
+        d_state *= f_decay
+        log = add_weighted(zero, until, f_gates, dtype, digits)
+        x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        y = load_operand(p_o, o_stride, start, T, column, V, L, BV)
+        d_state = add_product(d_state, tl.trans(operand(x * exp(log), dtype)), y, dtype)
+    # threads read what others wrote
+    tl.debug_barrier()
+
+    if sums is None:
+        state = tl.zeros((BK, BV), tl.float32)
+        d_state = tl.zeros((BK, BV), tl.float32)
+    else:
+        state = load_state(sums, index * S + m, column, tl.float32, K, V, BK, BV)
+        d_state = load_state(sums, (index + 2 * span) * S + m, column, tl.float32, K, V, BK, BV)
+    row = tl.arange(0, L)[:, None]
+    other = tl.arange(0, L)[None, :]
+    for n in tl.range(first, last, disable_licm=True):
+        start = n * L
+        zero = tl.zeros((L, BK), tl.float32)
+        b_gates = load_rows(p_b, b_stride, start, T, 0, K, L, BK).to(tl.float32)
+        b_decay = exp(0.5 * sum_over_tokens(b_gates, dtype, digits))[:, None]
+        b_log = add_weighted(zero, load_weights(weights, 4, L), b_gates, dtype, digits)
+        f_gates = load_rows(p_f, f_stride, start, T, 0, K, L, BK).to(tl.float32)
+        f_decay = exp(0.5 * sum_over_tokens(f_gates, dtype, digits))[:, None]
+        f_log = add_weighted(zero, load_weights(weights, 5, L), f_gates, dtype, digits)
+        outside = any_outside(f_log, b_log, dtype)
+        f_rest, b_rest = f_decay, b_decay
+        k_log, q_log = -f_log, b_log
+        if outside:
+            # what other chunks get from this one needs no factors in range
+            gates = load_gates(p_f, f_stride, start, T, K, L, BK)
+            total = sum_over_tokens(gates, dtype, digits)
+            x = state * exp(to_middle(total, dtype))[:, None]
+            store_state(states, x, index * N + n, column, K, V, BK, BV)
+            f_decay = exp(total)[:, None]
+            k_log = add_weighted(zero, load_weights(weights, 0, L), gates, dtype, digits)
+            gates = load_gates(p_b, b_stride, start, T, K, L, BK)
+            total = sum_over_tokens(gates, dtype, digits)
+            x = d_state * exp(to_middle(total, dtype))[:, None]
+            store_state(states, x, (index + 2 * span) * N + n, column, K, V, BK, BV)
+            b_decay = exp(total)[:, None]
+            q_log = add_weighted(zero, load_weights(weights, 2, L), gates, dtype, digits)
+            f_rest = tl.full((BK, 1), 1.0, tl.float32)
+            b_rest = tl.full((BK, 1), 1.0, tl.float32)
+        y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
+        g = load_operand(p_o, o_stride, start, T, column, V, L, BV)
+        d_weight = product(g, tl.trans(y), dtype)
+        # of a token with itself
+        own = tl.sum(tl.where(other == row, d_weight, 0.0), 1)[:, None]
+        x_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        b_dq = 2 * own * x_k
+        b_dk = 2 * own * x_q
+
+        # along the sequence
+        q_factor = exp(f_log)
+        k_factor = exp(k_log)
+        b_q = operand(x_q * q_factor, dtype)
+        b_k = operand(x_k * k_factor, dtype)
+        weight = tl.where(other <= row, product(b_q, tl.trans(b_k), dtype), 0.0)
+        state *= f_decay
+        seen = operand(state, dtype)
+        d_seen = load_state(states, at_d + n, column, dtype, K, V, BK, BV)
+        b_dv = product(b_k, d_seen, dtype)
+        dg = product(load_ones(weights, dtype, L, BV), tl.trans(multiplied(seen, d_seen, dtype)), dtype)
+        d_triangle = operand(tl.where(other < row, d_weight, 0.0), dtype)
+        dk_out = product(y, tl.trans(d_seen), dtype)
+        dg = add_weighted(dg, load_weights(weights, 1, L), b_k.to(tl.float32) * dk_out, dtype, dtype)
+        dk_within = product(tl.trans(d_triangle), b_q, dtype)
+        b_dk += (dk_out + dk_within) * k_factor
+        now = product(g, tl.trans(seen), dtype)
+        now = add_product(now, d_triangle, b_k, dtype)
+        b_dq += now * q_factor
+        terms = b_q.to(tl.float32) * now - b_k.to(tl.float32) * dk_within
+        dg = add_weighted(dg, load_weights(weights, 2, L), terms, dtype, tl.float16)
+        store_rows(dg_fwd, half * dg, part, h, H, start, T, 0, K, L, BK)
+        state = add_product(state, tl.trans(b_k), y, dtype) * f_rest
+
+        # against it
+        q_factor = exp(q_log)
+        k_factor = exp(-b_log)
+        b_q = operand(x_q * q_factor, dtype)
+        b_k = operand(x_k * k_factor, dtype)
+        weight += tl.where(other >= row, product(b_q, tl.trans(b_k), dtype), 0.0)
+        d_state *= b_decay
+        seen = load_state(states, at_s + n, column, dtype, K, V, BK, BV)
+        d_seen = operand(d_state, dtype)
+        b_dv = add_product(b_dv, b_k, d_seen, dtype)
+        dg = product(load_ones(weights, dtype, L, BV), tl.trans(multiplied(seen, d_seen, dtype)), dtype)
+        d_triangle = operand(tl.where(other > row, d_weight, 0.0), dtype)
+        dk_out = product(y, tl.trans(d_seen), dtype)
+        dg = add_weighted(dg, load_weights(weights, 0, L), b_k.to(tl.float32) * dk_out, dtype, dtype)
+        dk_within = product(tl.trans(d_triangle), b_q, dtype)
+        b_dk += (dk_out + dk_within) * k_factor
+        now = product(g, tl.trans(seen), dtype)
+        now = add_product(now, d_triangle, b_k, dtype)
+        b_dq += now * q_factor
+        terms = b_q.to(tl.float32) * now - b_k.to(tl.float32) * dk_within
+        dg = add_weighted(dg, load_weights(weights, 3, L), terms, dtype, tl.float16)
+        store_rows(dg_bwd, half * dg, part, h, H, start, T, 0, K, L, BK)
+        d_state = add_product(d_state, tl.trans(b_q), g, dtype) * b_rest
+
+        b_dv = add_product(b_dv, tl.trans(operand(weight, dtype)), g, dtype)
+        store_rows(dv, half * b_dv, batch, h, H, start, T, column, V, L, BV)
+        store_rows(dq, half * b_dq, part, h, H, start, T, 0, K, L, BK)
+        store_rows(dk, half * b_dk, part, h, H, start, T, 0, K, L, BK)
+        if column == 0:
+            tl.store(flags + (batch * N + n) * H + h, outside.to(tl.int8))
+
+
 def bi_gla_backward(
     go: Tensor,
     q: Tensor,
@@ -242,7 +441,7 @@ def bi_gla_backward(
     division = {
         'ALIGN': rows.align, 'K': key_width, 'V': v.shape[-1], 'L': launch.length,
         'BK': launch.keys, 'BV': launch.values, 'num_warps': launch.warps,
-        'num_stages': launch.stages,
+        'num_stages': launch.stages, 'maxnreg': launch.registers,
     }  # fmt: skip
     sizes = (tokens, heads, launch.chunks, half)
     grid = (batch * heads * launch.chunks, slices)
@@ -250,14 +449,21 @@ def bi_gla_backward(
         weights = make_weights(q, launch.length)
         sums = enter(rows, launch, weights, with_gradients=True)
         states = new_states(rows, launch, 4)
-        launch_states(rows, launch, weights, states, sums)
-        bi_gla_value_gradient_kernel[grid](
-            q, k, g_fwd, g_bwd, go, dv, flags, weights, states, *sizes, *of_q, *of_k, *of_f,
-            *of_b, *of_o, **division,
-        )  # fmt: skip
-        bi_gla_gradient_kernel[grid](
-            *rows.tensors, weights, states, *parts, *sizes, *rows.strides, **division
-        )
+        import os
+        if os.environ.get('WALK'):
+            bi_gla_walk_gradient_kernel[(batch * heads * launch.segments * slices,)](
+                *rows.tensors, weights, states, sums, flags, dv, *parts, tokens, heads,
+                launch.chunks, launch.segment, launch.segments, half, *rows.strides, **division
+            )
+        else:
+            launch_states(rows, launch, weights, states, sums)
+            bi_gla_value_gradient_kernel[grid](
+                q, k, g_fwd, g_bwd, go, dv, flags, weights, states, *sizes, *of_q, *of_k, *of_f,
+                *of_b, *of_o, **division,
+            )  # fmt: skip
+            bi_gla_gradient_kernel[grid](
+                *rows.tensors, weights, states, *parts, *sizes, *rows.strides, **division
+            )
         launch_by_tokens(rows, flags, states, dv, parts, half, launch)
     if slices > 1:
         parts = tuple(
