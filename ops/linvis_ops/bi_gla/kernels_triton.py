@@ -19,6 +19,7 @@ from torch import Tensor
 
 from linvis_ops._chunks import Launch, Rows, rows_of
 from linvis_ops._triton import on_device
+from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import (
     add_product,
     load_operand,
@@ -253,6 +254,7 @@ def bi_gla_walk_kernel(
         state = tl.zeros((BK, BV), tl.float32)
     else:
         state = load_state(sums, index * S + m, column, tl.float32, K, V, BK, BV)
+    rest = tl.full((BK, 1), 1.0, tl.float32)
     f_centred = load_weights(weights, 5, L)
     b_centred = load_weights(weights, 4, L)
     for n in range(first, last):
@@ -263,35 +265,39 @@ def bi_gla_walk_kernel(
         g = load_rows(p_f, f_stride, start, T, 0, K, L, BK).to(tl.float32)
         f_log = add_weighted(zero, f_centred, g, dtype, digits)
         outside = any_outside(f_log, b_log, dtype)
+        f_log *= LOG2E
+        b_log *= LOG2E
         decay = exp(0.5 * sum_over_tokens(g, dtype, digits))[:, None]
-        x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
-        f_q = operand(x * exp(f_log), dtype)
-        b_q = operand(x * exp(b_log), dtype)
-        log = -f_log
+        rest_before = rest
+        state_decay = rest * decay
         rest = decay
+        x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        f_q = operand(x * exp2(f_log), dtype)
+        b_q = operand(x * exp2(b_log), dtype)
+        log = -f_log
         if outside:
             # what other chunks get from this one needs no factors in range
             g = load_gates(p_f, f_stride, start, T, K, L, BK)
             total = sum_over_tokens(g, dtype, digits)
-            at_middle = state * exp(to_middle(total, dtype))[:, None]
-            store_state(states, at_middle, index * N + n, column, K, V, BK, BV)
-            decay = exp(total)[:, None]
+            at_middle = rest_before * exp(to_middle(total, dtype))[:, None]
+            store_state(states, state * at_middle, index * N + n, column, K, V, BK, BV)
+            state_decay = rest_before * exp(total)[:, None]
             rest = tl.full((BK, 1), 1.0, tl.float32)
-            log = add_weighted(zero, load_weights(weights, 0, L), g, dtype, digits)
+            log = LOG2E * add_weighted(zero, load_weights(weights, 0, L), g, dtype, digits)
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
-        keys = operand(x * exp(log), dtype)
+        keys = operand(x * exp2(log), dtype)
         # the token itself counts in both
         weight = product(f_q, tl.trans(keys), dtype)
         weight = tl.where(choose(L, False, True), weight, 0.0)
-        b_weight = product(b_q, tl.trans(operand(x * exp(-b_log), dtype)), dtype)
+        b_weight = product(b_q, tl.trans(operand(x * exp2(-b_log), dtype)), dtype)
         weight += tl.where(choose(L, True, True), b_weight, 0.0)
         y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
         out = product(operand(weight, dtype), y, dtype)
         behind = load_state(states, (index + span) * N + n, column, dtype, K, V, BK, BV)
         out = add_product(out, b_q, behind, dtype)
-        state *= decay
+        state *= state_decay
         out = add_product(out, f_q, operand(state, dtype), dtype)
-        state = add_product(state, tl.trans(keys), y, dtype) * rest
+        state = add_product(state, tl.trans(keys), y, dtype)
         store_rows(o, out * half, batch, h, H, start, T, column, V, L, BV)
         if column == 0:
             tl.store(flags + (batch * N + n) * H + h, outside.to(tl.int8))

@@ -28,6 +28,7 @@ from linvis_ops.bi_gla.kernels_triton_by_tokens import launch_by_tokens
 from linvis_ops.bi_gla.kernels_triton_common import (
     add_weighted,
     any_outside,
+    bound,
     choose,
     exp,
     load_gates,
@@ -213,6 +214,125 @@ def bi_gla_gradient_kernel(
         dg = add_weighted(dg, behind, terms, dtype, tl.float16)
         p_dg = tl.where(direction == 1, dg_bwd, dg_fwd)
         store_rows(p_dg, half * dg, first, h, H, start, T, 0, K, L, BK)
+    store_rows(dq, half * b_dq, first, h, H, start, T, 0, K, L, BK)
+    store_rows(dk, half * b_dk, first, h, H, start, T, 0, K, L, BK)
+
+
+@triton.jit(
+    do_not_specialize=[
+        'T', 'H', 'N', 'half', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'v_b', 'v_t',
+        'v_h', 'f_b', 'f_t', 'f_h', 'b_b', 'b_t', 'b_h', 'o_b', 'o_t', 'o_h',
+    ]
+)  # fmt: skip
+def bi_gla_fused_kernel(
+    q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
+    k,
+    v,  # (B, T, H, V)
+    g_fwd,
+    g_bwd,
+    go,  # (B, T, H, V): gradient by the output
+    weights,  # of make_weights
+    states,  # (4, B, H, N, K, V)
+    dv,  # (B, T, H, V), contiguous
+    flags,
+    dq,  # (B, T, H, K), contiguous; (slices of V, B, T, H, K), float32, where there are several
+    dk,
+    dg_fwd,
+    dg_bwd,
+    T,
+    H,
+    N,  # chunks
+    half,  # half the scale
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, f_b, f_t, f_h, b_b, b_t, b_h, o_b, o_t, o_h,
+    ALIGN: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients by q, k and gates of one chunk, from one slice of the values."""
+    batch, n, h = place(tl.program_id(0), N, H)
+    column = tl.program_id(1) * BV
+    # each slice of values has gradients of its own by the other inputs
+    first = batch
+    if V > BV:
+        first += tl.num_programs(0).to(tl.int64) // (N * H) * tl.program_id(1)
+    dtype: tl.constexpr = q.dtype.element_ty
+    p_q = q + (batch * q_b + h * q_h) * ALIGN
+    p_k = k + (batch * k_b + h * k_h) * ALIGN
+    p_v = v + (batch * v_b + h * v_h) * ALIGN
+    p_f = g_fwd + (batch * f_b + h * f_h) * ALIGN
+    p_b = g_bwd + (batch * b_b + h * b_h) * ALIGN
+    p_o = go + (batch * o_b + h * o_h) * ALIGN
+    q_stride, k_stride, v_stride = q_t * ALIGN, k_t * ALIGN, v_t * ALIGN
+    f_stride, b_stride, o_stride = f_t * ALIGN, b_t * ALIGN, o_t * ALIGN
+    index = batch * H + h
+    span = tl.num_programs(0) // N
+    start = n * L
+
+    y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
+    g = load_operand(p_o, o_stride, start, T, column, V, L, BV)
+    row = tl.arange(0, L)[:, None]
+    other = tl.arange(0, L)[None, :]
+    b_dq = tl.zeros((L, BK), tl.float32)
+    b_dk = tl.zeros((L, BK), tl.float32)
+    b_dv = tl.zeros((L, BV), tl.float32)
+    outside = tl.full((), 0, tl.int32)
+    # what a compiler moves out of the loop is in registers all the time
+    for direction in tl.range(2, num_stages=1, disable_licm=True):
+        before = load_weights(weights, 1 - direction, L)
+        d_weight = product(g, tl.trans(y), dtype)
+        # of a token with itself
+        own = tl.sum(tl.where(other == row, d_weight, 0.0), 1)[:, None]
+        d_weight = multiplied(operand(d_weight, dtype), before, dtype)
+        at = index + span * direction
+        state = load_state(states, at * N + n, column, dtype, K, V, BK, BV)
+        at = index + span * (3 - direction)
+        d_state = load_state(states, at * N + n, column, dtype, K, V, BK, BV)
+        # to the gates, from pairs of tokens on both sides of the chunk
+        crossing = multiplied(state, d_state, dtype)
+        dg = product(load_ones(weights, dtype, L, BV), tl.trans(crossing), dtype)
+        p_g = tl.where(direction == 1, p_b, p_f)
+        g_stride = tl.where(direction == 1, b_stride, f_stride)
+        log = LOG2E * log_decays_from_middle(
+            weights, 5 - direction, p_g, g_stride, start, T, dtype, K, L, BK
+        )
+        x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+        fit = tl.abs(log) <= LOG2E * bound(dtype)
+        outside = tl.maximum(outside, tl.max(1 - fit.to(tl.int32)))
+        decay = exp2(-log)
+        b_dq += own * x_k
+        b_k = operand(x_k * decay, dtype)
+        b_dv = add_product(b_dv, b_k, d_state, dtype)
+        dk_out = product(y, tl.trans(d_state), dtype)
+        # from keys before a gate with what leaves the chunk
+        seen = b_k.to(tl.float32)
+        dg = add_weighted(dg, before, seen * dk_out, dtype, dtype)
+        x_q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+        b_dk += own * x_q
+        b_q = operand(x_q * exp2(log), dtype)
+        until = load_weights(weights, 3 - direction, L)
+        weight = product(b_q, tl.trans(b_k), dtype)
+        weight = multiplied(operand(weight, dtype), until, dtype)
+        b_dv = add_product(b_dv, tl.trans(weight), g, dtype)
+        dk_within = product(tl.trans(d_weight), b_q, dtype)
+        b_dk += (dk_out + dk_within) * decay
+        terms = -seen * dk_within
+        b_dq_now = product(g, tl.trans(state), dtype)
+        b_dq_now = add_product(b_dq_now, d_weight, b_k, dtype)
+        b_dq += b_dq_now * exp2(log)
+        # from queries behind a gate with what entered, and from pairs within the chunk as a
+        # difference of two sums, with the operands as the products saw them, so that pairs on one
+        # side of the gate cancel
+        terms += b_q.to(tl.float32) * b_dq_now
+        behind = load_weights(weights, 2 + direction, L)
+        dg = add_weighted(dg, behind, terms, dtype, tl.float16)
+        p_dg = tl.where(direction == 1, dg_bwd, dg_fwd)
+        store_rows(p_dg, half * dg, first, h, H, start, T, 0, K, L, BK)
+    store_rows(dv, half * b_dv, batch, h, H, start, T, column, V, L, BV)
+    if column == 0:
+        tl.store(flags + tl.program_id(0), outside.to(tl.int8))
     store_rows(dq, half * b_dq, first, h, H, start, T, 0, K, L, BK)
     store_rows(dk, half * b_dk, first, h, H, start, T, 0, K, L, BK)
 
@@ -450,7 +570,10 @@ def bi_gla_backward(
         sums = enter(rows, launch, weights, with_gradients=True)
         states = new_states(rows, launch, 4)
         import os
-        if os.environ.get('WALK'):
+        if os.environ.get('FUSED'):
+            launch_states(rows, launch, weights, states, sums)
+            bi_gla_fused_kernel[grid](*rows.tensors, weights, states, dv, flags, *parts, *sizes, *rows.strides, **division)
+        elif os.environ.get('WALK'):
             bi_gla_walk_gradient_kernel[(batch * heads * launch.segments * slices,)](
                 *rows.tensors, weights, states, sums, flags, dv, *parts, tokens, heads,
                 launch.chunks, launch.segment, launch.segments, half, *rows.strides, **division

@@ -150,8 +150,11 @@ def bound(dtype: tl.constexpr):
 @triton.jit
 def any_outside(f_log, b_log, dtype: tl.constexpr):
     """Whether a log decay, counted from the middle of its range, fits no factor of products."""
-    fit = (tl.abs(f_log) <= bound(dtype)) & (tl.abs(b_log) <= bound(dtype))
-    return tl.max(1 - fit.to(tl.int32)) > 0
+    # as integers, absolute values are in the order of numbers, and what is no number is the largest
+    f_bits = tl.abs(f_log).to(tl.int32, bitcast=True)
+    b_bits = tl.abs(b_log).to(tl.int32, bitcast=True)
+    largest = tl.max(tl.maximum(f_bits, b_bits)).to(tl.float32, bitcast=True)
+    return (largest > bound(dtype)) | (largest != largest)
 
 
 @triton.jit
