@@ -90,6 +90,9 @@ def bi_gla_state_kernel(
     gradient by the former. Without states to be stored, what segments add and their log decays.
     """
     pid = tl.program_id(0)
+    if states is not None and sums is not None:
+        # first what the launch before read last, which is in the cache
+        pid = tl.num_programs(0) - 1 - pid
     kind = pid % KINDS
     batch, m, h = place(pid // KINDS, S, H)
     column = tl.program_id(1) * BV
@@ -214,6 +217,9 @@ def bi_gla_walk_kernel(
     """Outputs of one segment of one head: a walk against the sequence, then one along it."""
     SLICES: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
+    if sums is not None:
+        # first what the launch before read last, which is in the cache
+        pid = tl.num_programs(0) - 1 - pid
     batch, m, h = place(pid // SLICES, S, H)
     column = pid % SLICES * BV
     dtype: tl.constexpr = q.dtype.element_ty

@@ -71,13 +71,17 @@ def bi_gla_value_gradient_kernel(
     L: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the values of one chunk.
 
     It is the output with q and k exchanged, the gradient by the output in place of v, and the
     gradients by the states in place of these.
     """
-    batch, n, h = place(tl.program_id(0), N, H)
+    pid = tl.program_id(0)
+    if REVERSED:
+        pid = tl.num_programs(0) - 1 - pid
+    batch, n, h = place(pid, N, H)
     column = tl.program_id(1) * BV
     dtype: tl.constexpr = q.dtype.element_ty
     p_q = q + (batch * q_b + h * q_h) * ALIGN
@@ -94,7 +98,7 @@ def bi_gla_value_gradient_kernel(
     f_log = log_decays_from_middle(weights, 5, p_f, f_stride, start, T, dtype, K, L, BK)
     b_log = log_decays_from_middle(weights, 4, p_b, b_stride, start, T, dtype, K, L, BK)
     if column == 0:
-        tl.store(flags + tl.program_id(0), any_outside(f_log, b_log, dtype).to(tl.int8))
+        tl.store(flags + pid, any_outside(f_log, b_log, dtype).to(tl.int8))
     x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
     f_k = operand(x * exp(-f_log), dtype)
     b_k = operand(x * exp(-b_log), dtype)
@@ -143,9 +147,13 @@ def bi_gla_gradient_kernel(
     L: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):  # fmt: skip
     """Gradients by q, k and gates of one chunk, from one slice of the values."""
-    batch, n, h = place(tl.program_id(0), N, H)
+    pid = tl.program_id(0)
+    if REVERSED:
+        pid = tl.num_programs(0) - 1 - pid
+    batch, n, h = place(pid, N, H)
     column = tl.program_id(1) * BV
     # each slice of values has gradients of its own by the other inputs
     first = batch
@@ -250,9 +258,13 @@ def bi_gla_fused_kernel(
     L: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):  # fmt: skip
     """Gradients by q, k and gates of one chunk, from one slice of the values."""
-    batch, n, h = place(tl.program_id(0), N, H)
+    pid = tl.program_id(0)
+    if REVERSED:
+        pid = tl.num_programs(0) - 1 - pid
+    batch, n, h = place(pid, N, H)
     column = tl.program_id(1) * BV
     # each slice of values has gradients of its own by the other inputs
     first = batch
@@ -332,7 +344,7 @@ def bi_gla_fused_kernel(
         store_rows(p_dg, half * dg, first, h, H, start, T, 0, K, L, BK)
     store_rows(dv, half * b_dv, batch, h, H, start, T, column, V, L, BV)
     if column == 0:
-        tl.store(flags + tl.program_id(0), outside.to(tl.int8))
+        tl.store(flags + pid, outside.to(tl.int8))
     store_rows(dq, half * b_dq, first, h, H, start, T, 0, K, L, BK)
     store_rows(dk, half * b_dk, first, h, H, start, T, 0, K, L, BK)
 
@@ -572,7 +584,7 @@ def bi_gla_backward(
         import os
         if os.environ.get('FUSED'):
             launch_states(rows, launch, weights, states, sums)
-            bi_gla_fused_kernel[grid](*rows.tensors, weights, states, dv, flags, *parts, *sizes, *rows.strides, **division)
+            bi_gla_fused_kernel[grid](*rows.tensors, weights, states, dv, flags, *parts, *sizes, *rows.strides, REVERSED=sums is None, **division)
         elif os.environ.get('WALK'):
             bi_gla_walk_gradient_kernel[(batch * heads * launch.segments * slices,)](
                 *rows.tensors, weights, states, sums, flags, dv, *parts, tokens, heads,
@@ -582,10 +594,10 @@ def bi_gla_backward(
             launch_states(rows, launch, weights, states, sums)
             bi_gla_value_gradient_kernel[grid](
                 q, k, g_fwd, g_bwd, go, dv, flags, weights, states, *sizes, *of_q, *of_k, *of_f,
-                *of_b, *of_o, **division,
+                *of_b, *of_o, REVERSED=sums is None, **division,
             )  # fmt: skip
             bi_gla_gradient_kernel[grid](
-                *rows.tensors, weights, states, *parts, *sizes, *rows.strides, **division
+                *rows.tensors, weights, states, *parts, *sizes, *rows.strides, REVERSED=sums is not None, **division
             )
         launch_by_tokens(rows, flags, states, dv, parts, half, launch)
     if slices > 1:
