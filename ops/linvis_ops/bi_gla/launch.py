@@ -11,7 +11,7 @@ from linvis_ops._chunks import (
     Rule,
     Rules,
     RulesByDevice,
-    _capability_and_processors,
+    capability_and_processors,
     divide,
 )
 
@@ -45,7 +45,7 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
         rule: Instead of the rule of the device.
     """
     launch = divide(q, v, of, RULES, rule)
-    _, processors = _capability_and_processors(q.device)
+    _, processors = capability_and_processors(q.device)
     if rule is None and q.shape[0] * q.shape[2] >= MANY * processors:
         launch = dataclasses.replace(launch, segment=launch.chunks, segments=1)
     if q.dtype == torch.float32 or max(launch.length, launch.keys, launch.values) < WARPGROUP_ROWS:
