@@ -38,8 +38,8 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     load_gates,
     load_state,
     load_weights,
+    log_decays_behind,
     make_weights,
-    opened,
     store_state,
     sum_over_tokens,
     to_middle,
@@ -284,12 +284,12 @@ def bi_gla_walk_kernel(
         if outside:
             # what other chunks get from this one needs no factors in range
             g = load_gates(p_f, f_stride, start, T, K, L, BK)
-            total = sum_over_tokens(g, dtype, digits)
+            total = tl.sum(g, 0)
             at_middle = rest_before * exp(to_middle(total, dtype))[:, None]
             store_state(states, state * at_middle, index * N + n, column, K, V, BK, BV)
             state_decay = rest_before * exp(total)[:, None]
             rest = tl.full((BK, 1), 1.0, tl.float32)
-            log = LOG2E * add_weighted(zero, load_weights(weights, 0, L), g, dtype, digits)
+            log = LOG2E * log_decays_behind(p_f, f_stride, start, T, K, L, BK, False)
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
         keys = operand(x * exp2(log), dtype)
         # the token itself counts in both

@@ -35,6 +35,7 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     load_ones,
     load_state,
     load_weights,
+    log_decays_behind,
     log_decays_from_middle,
     make_weights,
     multiplied,
@@ -191,7 +192,7 @@ def bi_gla_gradient_kernel(
         d_state = load_state(states, at * N + n, column, dtype, K, V, BK, BV)
         # to the gates, from pairs of tokens on both sides of the chunk
         crossing = multiplied(state, d_state, dtype)
-        dg = product(load_ones(weights, dtype, L, BV), tl.trans(crossing), dtype)
+        dg = product(operand(tl.full((L, BV), 1.0, tl.float32), dtype), tl.trans(crossing), dtype)
         p_g = tl.where(direction == 1, p_b, p_f)
         g_stride = tl.where(direction == 1, b_stride, f_stride)
         log = LOG2E * log_decays_from_middle(
@@ -304,7 +305,7 @@ def bi_gla_fused_kernel(
         d_state = load_state(states, at * N + n, column, dtype, K, V, BK, BV)
         # to the gates, from pairs of tokens on both sides of the chunk
         crossing = multiplied(state, d_state, dtype)
-        dg = product(load_ones(weights, dtype, L, BV), tl.trans(crossing), dtype)
+        dg = product(operand(tl.full((L, BV), 1.0, tl.float32), dtype), tl.trans(crossing), dtype)
         p_g = tl.where(direction == 1, p_b, p_f)
         g_stride = tl.where(direction == 1, b_stride, f_stride)
         log = LOG2E * log_decays_from_middle(
@@ -448,9 +449,10 @@ def bi_gla_walk_gradient_kernel(
     else:
         state = load_state(sums, index * S + m, column, tl.float32, K, V, BK, BV)
         d_state = load_state(sums, (index + 2 * span) * S + m, column, tl.float32, K, V, BK, BV)
+    ones = operand(tl.full((L, BV), 1.0, tl.float32), dtype)
     row = tl.arange(0, L)[:, None]
     other = tl.arange(0, L)[None, :]
-    for n in tl.range(first, last, disable_licm=True):
+    for n in range(first, last):
         start = n * L
         zero = tl.zeros((L, BK), tl.float32)
         b_gates = load_rows(p_b, b_stride, start, T, 0, K, L, BK).to(tl.float32)
@@ -461,23 +463,18 @@ def bi_gla_walk_gradient_kernel(
         f_log = add_weighted(zero, load_weights(weights, 5, L), f_gates, dtype, digits)
         outside = any_outside(f_log, b_log, dtype)
         f_rest, b_rest = f_decay, b_decay
-        k_log, q_log = -f_log, b_log
         if outside:
             # what other chunks get from this one needs no factors in range
             gates = load_gates(p_f, f_stride, start, T, K, L, BK)
-            total = sum_over_tokens(gates, dtype, digits)
+            total = tl.sum(gates, 0)
             x = state * exp(to_middle(total, dtype))[:, None]
             store_state(states, x, index * N + n, column, K, V, BK, BV)
             f_decay = exp(total)[:, None]
-            k_log = add_weighted(zero, load_weights(weights, 0, L), gates, dtype, digits)
             gates = load_gates(p_b, b_stride, start, T, K, L, BK)
-            total = sum_over_tokens(gates, dtype, digits)
+            total = tl.sum(gates, 0)
             x = d_state * exp(to_middle(total, dtype))[:, None]
             store_state(states, x, (index + 2 * span) * N + n, column, K, V, BK, BV)
             b_decay = exp(total)[:, None]
-            q_log = add_weighted(zero, load_weights(weights, 2, L), gates, dtype, digits)
-            f_rest = tl.full((BK, 1), 1.0, tl.float32)
-            b_rest = tl.full((BK, 1), 1.0, tl.float32)
         y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
         g = load_operand(p_o, o_stride, start, T, column, V, L, BV)
         d_weight = product(g, tl.trans(y), dtype)
@@ -490,7 +487,7 @@ def bi_gla_walk_gradient_kernel(
 
         # along the sequence
         q_factor = exp(f_log)
-        k_factor = exp(k_log)
+        k_factor = exp(-f_log)
         b_q = operand(x_q * q_factor, dtype)
         b_k = operand(x_k * k_factor, dtype)
         weight = tl.where(other <= row, product(b_q, tl.trans(b_k), dtype), 0.0)
@@ -498,7 +495,7 @@ def bi_gla_walk_gradient_kernel(
         seen = operand(state, dtype)
         d_seen = load_state(states, at_d + n, column, dtype, K, V, BK, BV)
         b_dv = product(b_k, d_seen, dtype)
-        dg = product(load_ones(weights, dtype, L, BV), tl.trans(multiplied(seen, d_seen, dtype)), dtype)
+        dg = product(ones, tl.trans(multiplied(seen, d_seen, dtype)), dtype)
         d_triangle = operand(tl.where(other < row, d_weight, 0.0), dtype)
         dk_out = product(y, tl.trans(d_seen), dtype)
         dg = add_weighted(dg, load_weights(weights, 1, L), b_k.to(tl.float32) * dk_out, dtype, dtype)
@@ -510,10 +507,17 @@ def bi_gla_walk_gradient_kernel(
         terms = b_q.to(tl.float32) * now - b_k.to(tl.float32) * dk_within
         dg = add_weighted(dg, load_weights(weights, 2, L), terms, dtype, tl.float16)
         store_rows(dg_fwd, half * dg, part, h, H, start, T, 0, K, L, BK)
-        state = add_product(state, tl.trans(b_k), y, dtype) * f_rest
+        middle = state
+        state = add_product(middle, tl.trans(b_k), y, dtype) * f_rest
+        if outside:
+            log = log_decays_behind(p_f, f_stride, start, T, K, L, BK, False)
+            x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
+            x = operand(x * exp(log), dtype)
+            x_v = load_operand(p_v, v_stride, start, T, column, V, L, BV)
+            state = add_product(middle, tl.trans(x), x_v, dtype)
 
         # against it
-        q_factor = exp(q_log)
+        q_factor = exp(b_log)
         k_factor = exp(-b_log)
         b_q = operand(x_q * q_factor, dtype)
         b_k = operand(x_k * k_factor, dtype)
@@ -522,7 +526,7 @@ def bi_gla_walk_gradient_kernel(
         seen = load_state(states, at_s + n, column, dtype, K, V, BK, BV)
         d_seen = operand(d_state, dtype)
         b_dv = add_product(b_dv, b_k, d_seen, dtype)
-        dg = product(load_ones(weights, dtype, L, BV), tl.trans(multiplied(seen, d_seen, dtype)), dtype)
+        dg = product(ones, tl.trans(multiplied(seen, d_seen, dtype)), dtype)
         d_triangle = operand(tl.where(other > row, d_weight, 0.0), dtype)
         dk_out = product(y, tl.trans(d_seen), dtype)
         dg = add_weighted(dg, load_weights(weights, 0, L), b_k.to(tl.float32) * dk_out, dtype, dtype)
@@ -534,7 +538,14 @@ def bi_gla_walk_gradient_kernel(
         terms = b_q.to(tl.float32) * now - b_k.to(tl.float32) * dk_within
         dg = add_weighted(dg, load_weights(weights, 3, L), terms, dtype, tl.float16)
         store_rows(dg_bwd, half * dg, part, h, H, start, T, 0, K, L, BK)
-        d_state = add_product(d_state, tl.trans(b_q), g, dtype) * b_rest
+        middle = d_state
+        d_state = add_product(middle, tl.trans(b_q), g, dtype) * b_rest
+        if outside:
+            log = log_decays_behind(p_b, b_stride, start, T, K, L, BK, True)
+            x = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
+            x = operand(x * exp(log), dtype)
+            x_o = load_operand(p_o, o_stride, start, T, column, V, L, BV)
+            d_state = add_product(middle, tl.trans(x), x_o, dtype)
 
         b_dv = add_product(b_dv, tl.trans(operand(weight, dtype)), g, dtype)
         store_rows(dv, half * b_dv, batch, h, H, start, T, column, V, L, BV)

@@ -142,6 +142,19 @@ def log_decays_from_middle(
 
 
 @triton.jit
+def log_decays_behind(
+    p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, OWN: tl.constexpr
+):
+    """Sums of the gates behind each token of a chunk, its own included or not, (L, BK)."""
+    if OWN:
+        g = load_gates(p, stride, start, T, K, L, BK)
+    else:
+        row = tl.arange(0, L)[:, None]
+        g = tl.where(row < L - 1, load_gates(p, stride, start + 1, T, K, L, BK), 0.0)
+    return tl.cumsum(g, 0, reverse=True)
+
+
+@triton.jit
 def bound(dtype: tl.constexpr):
     """Largest exponent of a factor of products, for inputs of a dtype."""
     return RANGE_FLOAT32 if dtype == tl.float32 else RANGE
