@@ -47,7 +47,7 @@ from linvis_ops.bi_gla.kernels_triton_common import (
 from linvis_ops.bi_gla.launch import launch_for
 
 # Segments whose states are loaded together by the scan.
-AT_ONCE = tl.constexpr(8)
+AT_ONCE = tl.constexpr(16)
 # Elements of a state in one program of the scan.
 SCAN_ELEMENTS = 256
 
@@ -58,7 +58,7 @@ SCAN_ELEMENTS = 256
         'f_b', 'f_t', 'f_h', 'b_b', 'b_t', 'b_h', 'o_b', 'o_t', 'o_h',
     ]
 )  # fmt: skip
-def bi_gla_state_kernel(
+def bi_gla_sum_kernel(
     q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1; or None
     k,
     v,  # (B, T, H, V)
@@ -66,9 +66,8 @@ def bi_gla_state_kernel(
     g_bwd,
     go,  # (B, T, H, V): gradient by the output; or None
     weights,  # of make_weights
-    states,  # (KINDS, B, H, N, K, V): what enters each chunk; or None
-    sums,  # (KINDS, B, H, S, K, V), float32: of segments, to be read if there are states; or None
-    totals,  # (KINDS, B, H, S, K), float32: log decays over segments; or None
+    sums,  # (2 * PAIRS, B, H, S, K, V), float32: what segments add
+    totals,  # (2 * PAIRS, B, H, S, K), float32: log decays over segments
     T,
     H,
     N,  # chunks
@@ -81,73 +80,68 @@ def bi_gla_state_kernel(
     L: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    KINDS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """States that enter chunks, decayed up to the chunk's middle, one segment and kind a program.
+    """What a segment adds to both states, or to both gradients by them, by one walk along it.
 
-    Kinds are in the order of memory the state that runs along the sequence, the one against it;
-    with four kinds also the gradient by the latter (which runs along the sequence), and the
-    gradient by the former. Without states to be stored, what segments add and their log decays.
+    Pairs are those of the kinds of `bi_gla_state_kernel`, one along the sequence, one against it.
     """
     pid = tl.program_id(0)
-    if states is not None and sums is not None:
-        # first what the launch before read last, which is in the cache
-        pid = tl.num_programs(0) - 1 - pid
-    kind = pid % KINDS
-    batch, m, h = place(pid // KINDS, S, H)
+    pair = pid % PAIRS
+    batch, m, h = place(pid // PAIRS, S, H)
     column = tl.program_id(1) * BV
     dtype: tl.constexpr = k.dtype.element_ty
     digits: tl.constexpr = g_fwd.dtype.element_ty
-    against = kind % 2 == 1
-    forward = (kind == 0) | (kind == 3)
-    p_g = tl.where(
-        forward,
-        g_fwd + (batch * f_b + h * f_h) * ALIGN,
-        g_bwd + (batch * b_b + h * b_h) * ALIGN,
-    )
-    g_stride = tl.where(forward, f_t, b_t) * ALIGN
+    p_along = g_fwd + (batch * f_b + h * f_h) * ALIGN
+    p_against = g_bwd + (batch * b_b + h * b_h) * ALIGN
+    along_stride, against_stride = f_t * ALIGN, b_t * ALIGN
     p_x = k + (batch * k_b + h * k_h) * ALIGN
     p_y = v + (batch * v_b + h * v_h) * ALIGN
     x_stride = k_t * ALIGN
     y_stride = v_t * ALIGN
-    if KINDS == 4:
-        by_state = kind < 2
-        p_x = tl.where(by_state, p_x, q + (batch * q_b + h * q_h) * ALIGN)
-        p_y = tl.where(by_state, p_y, go + (batch * o_b + h * o_h) * ALIGN)
-        x_stride = tl.where(by_state, x_stride, q_t * ALIGN)
-        y_stride = tl.where(by_state, y_stride, o_t * ALIGN)
-    row = (kind * (tl.num_programs(0) // (KINDS * S * H)) + batch) * H + h
+    if PAIRS == 2:
+        of_gradients = pair == 1
+        p_f, p_b, f_stride, b_stride = p_along, p_against, along_stride, against_stride
+        p_along = tl.where(of_gradients, p_b, p_f)
+        p_against = tl.where(of_gradients, p_f, p_b)
+        along_stride = tl.where(of_gradients, b_stride, f_stride)
+        against_stride = tl.where(of_gradients, f_stride, b_stride)
+        p_x = tl.where(of_gradients, q + (batch * q_b + h * q_h) * ALIGN, p_x)
+        p_y = tl.where(of_gradients, go + (batch * o_b + h * o_h) * ALIGN, p_y)
+        x_stride = tl.where(of_gradients, q_t * ALIGN, x_stride)
+        y_stride = tl.where(of_gradients, o_t * ALIGN, y_stride)
     first = m * R
     last = tl.minimum(first + R, N)
 
-    if states is not None and sums is not None:
-        state = load_state(sums, row * S + m, column, tl.float32, K, V, BK, BV)
-    else:
-        state = tl.zeros((BK, BV), tl.float32)
-    passed = tl.zeros((BK,), tl.float32)
-    # a token's own gate acts on what its query sees, and not on its key
-    between = load_weights(weights, kind, L)
-    for i in range(last - first):
-        n = tl.where(against, last - 1 - i, first + i)
+    along = tl.zeros((BK, BV), tl.float32)
+    against = tl.zeros((BK, BV), tl.float32)
+    along_passed = tl.zeros((BK,), tl.float32)
+    against_passed = tl.zeros((BK,), tl.float32)
+    behind = load_weights(weights, 2 * pair, L)
+    before = load_weights(weights, 2 * pair + 1, L)
+    for n in range(first, last):
         start = n * L
-        g = load_gates(p_g, g_stride, start, T, K, L, BK)
-        total = sum_over_tokens(g, dtype, digits)
-        if states is None:
-            passed += total
-            state *= exp(total)[:, None]
-        else:
-            half = exp(to_middle(total, dtype))[:, None]
-            state *= half
-            store_state(states, state, row * N + n, column, K, V, BK, BV)
-            state *= half
-        log = add_weighted(tl.zeros((L, BK), tl.float32), between, g, dtype, digits)
+        zero = tl.zeros((L, BK), tl.float32)
         x = load_rows(p_x, x_stride, start, T, 0, K, L, BK).to(tl.float32)
         y = load_operand(p_y, y_stride, start, T, column, V, L, BV)
-        state = add_product(state, tl.trans(operand(x * exp(log), dtype)), y, dtype)
-    if states is None:
-        store_state(sums, state, row * S + m, column, K, V, BK, BV)
-        c = tl.arange(0, BK)
-        tl.store(totals + (row * S + m) * K + c, passed, mask=c < K)
+        g = load_gates(p_along, along_stride, start, T, K, L, BK)
+        total = sum_over_tokens(g, dtype, digits)
+        log = add_weighted(zero, behind, g, dtype, digits)
+        along *= exp(total)[:, None]
+        along = add_product(along, tl.trans(operand(x * exp(log), dtype)), y, dtype)
+        along_passed += total
+        g = load_gates(p_against, against_stride, start, T, K, L, BK)
+        log = add_weighted(zero, before, g, dtype, digits) + against_passed[None, :]
+        against = add_product(against, tl.trans(operand(x * exp(log), dtype)), y, dtype)
+        against_passed += sum_over_tokens(g, dtype, digits)
+    span = tl.num_programs(0) // (PAIRS * S)
+    c = tl.arange(0, BK)
+    row = ((2 * pair * span + batch * H + h) * S + m).to(tl.int64)
+    store_state(sums, along, row, column, K, V, BK, BV)
+    tl.store(totals + row * K + c, along_passed, mask=c < K)
+    row += span * S
+    store_state(sums, against, row, column, K, V, BK, BV)
+    tl.store(totals + row * K + c, against_passed, mask=c < K)
 
 
 @triton.jit(do_not_specialize=['S', 'heads'])
@@ -309,30 +303,35 @@ def bi_gla_walk_kernel(
             tl.store(flags + (batch * N + n) * H + h, outside.to(tl.int8))
 
 
-def enter(
-    rows: Rows, launch: Launch, weights: Tensor, *, with_gradients: bool = False
-) -> Tensor | None:
+def enter(rows: Rows, launch: Launch, weights: Tensor) -> Tensor | None:
     """States that enter the segments from both sides, float32, or None for one segment.
 
     Args:
-        rows: q, k, v, g_fwd, g_bwd, and with gradients the gradient by the output.
+        rows: q, k, v, g_fwd, g_bwd, and the gradient by the output, if the gradients by the states
+            that leave the segments are wanted, too.
         launch: Division of the tokens.
         weights: What `make_weights` returns.
-        with_gradients: Compute the gradients by the states as well.
 
     Returns:
         (2 or 4, B, H, S, K, V).
     """
     if launch.segments == 1:
         return None
-    k, v = rows.tensors[1:3]
-    batch, _, heads, key_width = k.shape
+    q, k, v, g_fwd, g_bwd, *go = rows.tensors
+    batch, tokens, heads, key_width = k.shape
     value_width = v.shape[-1]
-    kinds = 4 if with_gradients else 2
+    kinds = 4 if go else 2
     shape = (kinds, batch, heads, launch.segments)
     sums = v.new_empty((*shape, key_width, value_width), dtype=torch.float32)
     totals = v.new_empty((*shape, key_width), dtype=torch.float32)
-    launch_states(rows, launch, weights, None, sums, totals)
+    slices = triton.cdiv(value_width, launch.values)
+    bi_gla_sum_kernel[(kinds // 2 * batch * heads * launch.segments, slices)](
+        q if go else None, k, v, g_fwd, g_bwd, go[0] if go else None, weights, sums, totals,
+        tokens, heads, launch.chunks, launch.segment, launch.segments, *rows.strides,
+        *(() if go else (0, 0, 0)), ALIGN=rows.align, K=key_width, V=value_width,
+        L=launch.length, BK=launch.keys, BV=launch.values, PAIRS=kinds // 2,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+    )  # fmt: skip
     blocks = triton.cdiv(key_width * value_width, SCAN_ELEMENTS)
     bi_gla_scan_kernel[(kinds * batch * heads, blocks)](
         sums, totals, launch.segments, batch * heads, K=key_width, V=value_width,
@@ -347,29 +346,6 @@ def new_states(rows: Rows, launch: Launch, kinds: int) -> Tensor:
     batch, _, heads, key_width = k.shape
     dtype = torch.bfloat16 if k.dtype == torch.bfloat16 else torch.float32
     return v.new_empty((kinds, batch, heads, launch.chunks, key_width, v.shape[-1]), dtype=dtype)
-
-
-def launch_states(
-    rows: Rows,
-    launch: Launch,
-    weights: Tensor,
-    states: Tensor | None,
-    sums: Tensor | None,
-    totals: Tensor | None = None,
-) -> None:
-    """Launch the state kernel, with gradients where `rows` has that by the output."""
-    q, k, v, g_fwd, g_bwd, *go = rows.tensors
-    batch, tokens, heads, key_width = k.shape
-    value_width = v.shape[-1]
-    kinds = 4 if go else 2
-    slices = triton.cdiv(value_width, launch.values)
-    bi_gla_state_kernel[(kinds * batch * heads * launch.segments, slices)](
-        q if go else None, k, v, g_fwd, g_bwd, go[0] if go else None, weights, states, sums,
-        totals, tokens, heads, launch.chunks, launch.segment, launch.segments, *rows.strides,
-        *(() if go else (0, 0, 0)), ALIGN=rows.align, K=key_width, V=value_width,
-        L=launch.length, BK=launch.keys, BV=launch.values, KINDS=kinds,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
-    )  # fmt: skip
 
 
 def bi_gla_forward(

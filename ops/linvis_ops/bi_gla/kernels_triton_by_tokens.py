@@ -183,20 +183,14 @@ def bi_gla_by_tokens_kernel(
             count = tl.minimum(T - start, L)
             at = batch * H + h
             gates = tl.sum(load_gates(p_f, f_stride, start, T, K, L, BK), 0)
-            f_state = to_edge(
-                states, at * N + n, column, gates, dtype, K, V, BK, BV
-            )
+            f_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
             if go is not None:
                 at += 3 * span
-                df_state = to_edge(
-                    states, at * N + n, column, gates, dtype, K, V, BK, BV
-                )
+                df_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
                 at -= 3 * span
             gates = tl.sum(load_gates(p_b, b_stride, start, T, K, L, BK), 0)
             at += span
-            b_state = to_edge(
-                states, at * N + n, column, gates, dtype, K, V, BK, BV
-            )
+            b_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
             if go is None:
                 out = tl.zeros((L, BV), tl.float32)
                 out = add_outputs(
@@ -210,9 +204,7 @@ def bi_gla_by_tokens_kernel(
                 store_rows(o, out * half, batch, h, H, start, T, column, V, L, BV)
             else:
                 at += span
-                db_state = to_edge(
-                    states, at * N + n, column, gates, dtype, K, V, BK, BV
-                )
+                db_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
                 p_o = go + (batch * o_b + h * o_h) * ALIGN
                 o_stride = o_t * ALIGN
                 b_dq, b_dk, dv, dg = gradients(
