@@ -146,8 +146,8 @@ def test_division_covers_the_sequence(shape, dtype, width):
         (500, 32, 32, 32, torch.bfloat16, 8),
         (500, 32, 32, 64, torch.bfloat16, 2),
         (50, 32, 32, 128, torch.bfloat16, 2),  # one chunk of 64
-        (500, 33, 32, 32, torch.float16, 2),  # keys are rows of products, too
-        (500, 32, 64, 32, torch.float16, 2),  # and values
+        (500, 33, 32, 32, torch.float16, 2),  # keys are rows of products, too, and values are not
+        (500, 32, 64, 32, torch.float16, 8),
         (500, 128, 128, 64, torch.float32, 8),  # not by tensor cores
     ],
 )

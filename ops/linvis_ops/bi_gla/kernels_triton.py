@@ -32,13 +32,15 @@ from linvis_ops._triton_tiles import (
 from linvis_ops.bi_gla.kernels_triton_by_tokens import launch_by_tokens
 from linvis_ops.bi_gla.kernels_triton_common import (
     add_weighted,
-    any_outside,
+    any_beyond,
+    bound,
     choose,
     exp,
     load_gates,
     load_state,
     load_weights,
     log_decays_behind,
+    magnitude,
     make_weights,
     store_state,
     sum_over_tokens,
@@ -183,7 +185,7 @@ def bi_gla_scan_kernel(
         'v_h', 'f_b', 'f_t', 'f_h', 'b_b', 'b_t', 'b_h',
     ]
 )  # fmt: skip
-def bi_gla_walk_kernel(
+def bi_gla_out_kernel(
     q,  # (B, T, H, K), any strides that are multiples of ALIGN, the last one 1
     k,
     v,  # (B, T, H, V)
@@ -264,7 +266,8 @@ def bi_gla_walk_kernel(
         b_log = add_weighted(zero, b_centred, g, dtype, digits)
         g = load_rows(p_f, f_stride, start, T, 0, K, L, BK).to(tl.float32)
         f_log = add_weighted(zero, f_centred, g, dtype, digits)
-        outside = any_outside(f_log, b_log, dtype)
+        farthest = tl.maximum(magnitude(f_log), magnitude(b_log))
+        outside = any_beyond(farthest, bound(dtype))
         f_log *= LOG2E
         b_log *= LOG2E
         decay = exp(0.5 * sum_over_tokens(g, dtype, digits))[:, None]
@@ -283,14 +286,14 @@ def bi_gla_walk_kernel(
             store_state(states, state * at_middle, index * N + n, column, K, V, BK, BV)
             state_decay = rest_before * exp(total)[:, None]
             rest = tl.full((BK, 1), 1.0, tl.float32)
-            log = LOG2E * log_decays_behind(p_f, f_stride, start, T, K, L, BK, False)
+            log = LOG2E * log_decays_behind(p_f, f_stride, start, T, K, L, BK)
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
         keys = operand(x * exp2(log), dtype)
         # the token itself counts in both
         weight = product(f_q, tl.trans(keys), dtype)
-        weight = tl.where(choose(L, False, True), weight, 0.0)
+        weight = tl.where(choose(L, False), weight, 0.0)
         b_weight = product(b_q, tl.trans(operand(x * exp2(-b_log), dtype)), dtype)
-        weight += tl.where(choose(L, True, True), b_weight, 0.0)
+        weight += tl.where(choose(L, True), b_weight, 0.0)
         y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
         out = product(operand(weight, dtype), y, dtype)
         behind = load_state(states, (index + span) * N + n, column, dtype, K, V, BK, BV)
@@ -330,7 +333,7 @@ def enter(rows: Rows, launch: Launch, weights: Tensor) -> Tensor | None:
         tokens, heads, launch.chunks, launch.segment, launch.segments, *rows.strides,
         *(() if go else (0, 0, 0)), ALIGN=rows.align, K=key_width, V=value_width,
         L=launch.length, BK=launch.keys, BV=launch.values, PAIRS=kinds // 2,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     blocks = triton.cdiv(key_width * value_width, SCAN_ELEMENTS)
     bi_gla_scan_kernel[(kinds * batch * heads, blocks)](
@@ -370,11 +373,11 @@ def bi_gla_forward(
         sums = enter(rows, launch, weights)
         states = new_states(rows, launch, 2)
         slices = triton.cdiv(value_width, launch.values)
-        bi_gla_walk_kernel[(batch * heads * launch.segments * slices,)](
+        bi_gla_out_kernel[(batch * heads * launch.segments * slices,)](
             *rows.tensors, o, flags, weights, states, sums, tokens, heads, launch.chunks,
             launch.segment, launch.segments, half, *rows.strides,
             ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
-            BV=launch.values, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+            BV=launch.values, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         launch_by_tokens(rows, flags, states, o, (), half, launch)
     return o

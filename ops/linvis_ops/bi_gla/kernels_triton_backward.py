@@ -27,12 +27,14 @@ from linvis_ops.bi_gla.kernels_triton import enter, new_states
 from linvis_ops.bi_gla.kernels_triton_by_tokens import launch_by_tokens
 from linvis_ops.bi_gla.kernels_triton_common import (
     add_weighted,
+    any_beyond,
     bound,
     exp,
     load_gates,
     load_state,
     load_weights,
     log_decays_from_middle,
+    magnitude,
     make_weights,
     multiplied,
     store_state,
@@ -160,6 +162,7 @@ def bi_gla_gradient_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     REVERSED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients by q, k and gates of one chunk, from one slice of the values."""
     pid = tl.program_id(0)
@@ -191,9 +194,9 @@ def bi_gla_gradient_kernel(
     b_dq = tl.zeros((L, BK), tl.float32)
     b_dk = tl.zeros((L, BK), tl.float32)
     b_dv = tl.zeros((L, BV), tl.float32)
-    outside = tl.full((), 0, tl.int32)
+    outside = tl.full((), False, tl.int1)
     # what a compiler moves out of the loop is in registers all the time
-    for direction in tl.range(2, num_stages=1, disable_licm=True):
+    for direction in tl.range(2, num_stages=AHEAD, disable_licm=True):
         before = load_weights(weights, 1 - direction, L)
         d_weight = product(g, tl.trans(y), dtype)
         # of a token with itself
@@ -212,8 +215,7 @@ def bi_gla_gradient_kernel(
             weights, 5 - direction, p_g, g_stride, start, T, dtype, K, L, BK
         )
         x_k = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
-        fit = tl.abs(log) <= LOG2E * bound(dtype)
-        outside = tl.maximum(outside, tl.max(1 - fit.to(tl.int32)))
+        outside = outside | any_beyond(magnitude(log), LOG2E * bound(dtype))
         decay = exp2(-log)
         b_dq += own * x_k
         b_k = operand(x_k * decay, dtype)
@@ -277,7 +279,7 @@ def bi_gla_backward(
     division = {
         'ALIGN': rows.align, 'K': key_width, 'V': v.shape[-1], 'L': launch.length,
         'BK': launch.keys, 'BV': launch.values, 'num_warps': launch.warps,
-        'num_stages': launch.stages, 'maxnreg': launch.registers,
+        'num_stages': launch.stages,
     }  # fmt: skip
     with on_device(v):
         weights = make_weights(q, launch.length)
@@ -289,7 +291,7 @@ def bi_gla_backward(
         )  # fmt: skip
         bi_gla_gradient_kernel[(batch * heads * launch.chunks, slices)](
             *rows.tensors, weights, states, dv, flags, *parts, tokens, heads, launch.chunks, half,
-            *rows.strides, REVERSED=sums is None, **division,
+            *rows.strides, REVERSED=sums is None, AHEAD=int(__import__('os').environ.get('AHEAD', 2)), **division,
         )  # fmt: skip
         launch_by_tokens(rows, flags, states, dv, parts, half, launch)
     if slices > 1:

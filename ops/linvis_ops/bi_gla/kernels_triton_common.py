@@ -44,42 +44,37 @@ def load_gates(p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
-    """Matrix (L, L): for each token those before it, those behind it if REVERSE; itself if OWN."""
+def choose(L: tl.constexpr, REVERSE: tl.constexpr):
+    """Matrix (L, L): for each token itself and those before it, or behind it if REVERSE."""
     t = tl.arange(0, L)[:, None]
     s = tl.arange(0, L)[None, :]
-    if REVERSE:
-        chosen = s >= t if OWN else s > t
-    else:
-        chosen = s <= t if OWN else s < t
-    return chosen
+    return s >= t if REVERSE else s <= t
 
 
 # Rows of a product that is a sum.
 LEAST = tl.constexpr(16)
 # Matrices of `make_weights`.
-WEIGHTS = 7
+WEIGHTS = 6
 
 
 @triton.jit
 def bi_gla_weights_kernel(out, L: tl.constexpr):
-    """One of the matrices (7, L, L) that `make_weights` describes."""
+    """One of the matrices (6, L, L) that `make_weights` describes."""
     which = tl.program_id(0)
     t = tl.arange(0, L)[:, None]
     s = tl.arange(0, L)[None, :]
     # steps of s behind t, or before it
     steps = tl.where(which % 2 == 0, s - t, t - s)
-    chosen = (steps > 0) | ((steps == 0) & (which >= 2)) | (which == 6)
+    chosen = (steps > 0) | ((steps == 0) & (which >= 2))
     x = chosen.to(tl.float32) - tl.where((which == 4) | (which == 5), 0.5, 0.0)
     tl.store(out + which * (L * L) + t * L + s, x)
 
 
 def make_weights(x: Tensor, length: int) -> Tensor:
-    """Matrices (7, L, L) for `load_weights`, in the dtype that products of sums take beside x.
+    """Matrices (6, L, L) for `load_weights`, in the dtype that products of sums take beside x.
 
     For each token, 1 for those behind it, for those before it, for it and those behind it, for it
-    and those before it, and 0 for others; the last two of these with 1/2 for 1 and -1/2 for 0; 1
-    everywhere.
+    and those before it, and 0 for others; the last two of these with 1/2 for 1 and -1/2 for 0.
     """
     short = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     weights = x.new_empty((WEIGHTS, length, length), dtype=short)
@@ -92,18 +87,6 @@ def load_weights(p, which, L: tl.constexpr):
     """Matrix number `which` of `make_weights`, a factor of `add_weighted`."""
     x = tl.load(p + which * (L * L) + tl.arange(0, L)[:, None] * L + tl.arange(0, L)[None, :])
     if _INTERPRETING:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def load_ones(p, dtype: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
-    """Matrix (L, WIDTH) of ones from those of `make_weights`, an operand."""
-    column = tl.arange(0, WIDTH)
-    if WIDTH > L:
-        column = column % L
-    x = tl.load(p + 6 * (L * L) + tl.arange(0, L)[:, None] * L + column[None, :])
-    if dtype == tl.float16 or _INTERPRETING:
         x = x.to(tl.float32)
     return x
 
@@ -142,15 +125,10 @@ def log_decays_from_middle(
 
 
 @triton.jit
-def log_decays_behind(
-    p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, OWN: tl.constexpr
-):
-    """Sums of the gates behind each token of a chunk, its own included or not, (L, BK)."""
-    if OWN:
-        g = load_gates(p, stride, start, T, K, L, BK)
-    else:
-        row = tl.arange(0, L)[:, None]
-        g = tl.where(row < L - 1, load_gates(p, stride, start + 1, T, K, L, BK), 0.0)
+def log_decays_behind(p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr):
+    """Sums of the gates behind each token of a chunk, (L, BK)."""
+    row = tl.arange(0, L)[:, None]
+    g = tl.where(row < L - 1, load_gates(p, stride, start + 1, T, K, L, BK), 0.0)
     return tl.cumsum(g, 0, reverse=True)
 
 
@@ -161,13 +139,16 @@ def bound(dtype: tl.constexpr):
 
 
 @triton.jit
-def any_outside(f_log, b_log, dtype: tl.constexpr):
-    """Whether a log decay, counted from the middle of its range, fits no factor of products."""
-    # as integers, absolute values are in the order of numbers, and what is no number is the largest
-    f_bits = tl.abs(f_log).to(tl.int32, bitcast=True)
-    b_bits = tl.abs(b_log).to(tl.int32, bitcast=True)
-    largest = tl.max(tl.maximum(f_bits, b_bits)).to(tl.float32, bitcast=True)
-    return (largest > bound(dtype)) | (largest != largest)
+def magnitude(x):
+    """Absolute float32 numbers as integers of the same order; what is no number is the largest."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def any_beyond(magnitudes, limit):
+    """Whether one of a tile of magnitudes is that of a number above the limit, or of no number."""
+    largest = tl.max(magnitudes).to(tl.float32, bitcast=True)
+    return (largest > limit) | (largest != largest)
 
 
 @triton.jit
