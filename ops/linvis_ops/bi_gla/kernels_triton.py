@@ -1,11 +1,11 @@
-"""Triton kernels of bidirectional gated linear attention: states, scan, outputs.
+"""Triton kernels of bidirectional gated linear attention: sums of segments, scan, outputs.
 
-A chunk is L tokens, a segment some chunks. A program of the state kernel walks through a segment
-and leaves the state that enters each of its chunks, as far as the segment goes; where there are
-several segments, a scan adds up what they leave to each other. A program of the output kernel has
-one chunk of one head: it reads the states that enter it from either side, and adds what the chunk's
-own tokens see of each other. README.md of this folder, Implementation in Triton, has the reasons.
-Sums are float32; log gates are natural.
+A chunk is L tokens, a segment some chunks. A program of the output kernel walks through a segment,
+first against the sequence, leaving the state that enters each chunk from behind in memory, then
+along it, with the other state in registers, and computes the outputs of each chunk from both.
+Where there are several segments, launches before it find what enters them: the sums that each adds
+to the states, and a scan over these. README.md of this folder, Implementation in Triton, has the
+reasons. Sums are float32; log gates are natural.
 
 A chunk is in range, or it is not: where its gates add up to little, decays between its tokens are
 products of two factors around the middle of that sum. Other chunks are flagged here and computed by
@@ -241,10 +241,11 @@ def bi_gla_out_kernel(
         n = last - 1 - i
         start = n * L
         g = load_gates(p_b, b_stride, start, T, K, L, BK)
-        decay = exp(to_middle(sum_over_tokens(g, dtype, digits), dtype))[:, None]
-        state *= decay
+        total = sum_over_tokens(g, dtype, digits)[:, None]
+        middle = to_middle(total, dtype)
+        state *= exp(middle)
         store_state(states, state, (index + span) * N + n, column, K, V, BK, BV)
-        state *= decay
+        state *= exp(total - middle)
         log = add_weighted(tl.zeros((L, BK), tl.float32), before, g, dtype, digits)
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
         y = load_operand(p_v, v_stride, start, T, column, V, L, BV)

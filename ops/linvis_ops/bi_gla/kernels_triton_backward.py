@@ -1,9 +1,10 @@
-"""Triton kernel of the gradient of bidirectional gated linear attention.
+"""Triton kernels of the gradient of bidirectional gated linear attention.
 
-A program has one chunk of one head, as in kernels_triton.py. It reads the states that enter the
-chunk and the gradients by the states that leave it, and turns them into the gradients by queries,
-keys and gates; that by values comes from `bi_gla_out_kernel`. Of the forward pass only the inputs
-are read. README.md of this folder has the formulas.
+A program of the state kernel walks through a segment, as in kernels_triton.py, for a state or for
+the gradient by one, and leaves it in memory at every chunk. A program of the gradient kernel has
+one chunk of one head: it reads the states that enter the chunk and the gradients by the states that
+leave it, and turns them into the gradients by queries, keys, values and gates. Of the forward pass
+only the inputs are read. README.md of this folder has the formulas.
 """
 
 import torch
@@ -119,10 +120,11 @@ def bi_gla_state_kernel(
         n = tl.where(against, last - 1 - i, first + i)
         start = n * L
         g = load_gates(p_g, g_stride, start, T, K, L, BK)
-        half = exp(to_middle(sum_over_tokens(g, dtype, digits), dtype))[:, None]
-        state *= half
+        total = sum_over_tokens(g, dtype, digits)[:, None]
+        middle = to_middle(total, dtype)
+        state *= exp(middle)
         store_state(states, state, row * N + n, column, K, V, BK, BV)
-        state *= half
+        state *= exp(total - middle)
         log = add_weighted(tl.zeros((L, BK), tl.float32), between, g, dtype, digits)
         x = load_rows(p_x, x_stride, start, T, 0, K, L, BK).to(tl.float32)
         y = load_operand(p_y, y_stride, start, T, column, V, L, BV)
@@ -291,7 +293,7 @@ def bi_gla_backward(
         )  # fmt: skip
         bi_gla_gradient_kernel[(batch * heads * launch.chunks, slices)](
             *rows.tensors, weights, states, dv, flags, *parts, tokens, heads, launch.chunks, half,
-            *rows.strides, REVERSED=sums is None, AHEAD=int(__import__('os').environ.get('AHEAD', 2)), **division,
+            *rows.strides, REVERSED=sums is None, AHEAD=int(__import__('os').environ.get('AHEAD') or min(launch.stages, 2)), **division,
         )  # fmt: skip
         launch_by_tokens(rows, flags, states, dv, parts, half, launch)
     if slices > 1:

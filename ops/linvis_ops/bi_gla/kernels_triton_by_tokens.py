@@ -32,7 +32,10 @@ def to_edge(
     states, index, column, gates, dtype: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """State (BK, BV) number `index` of memory at the edge of its chunk, whose gates add to (BK,)."""
+    """State (BK, BV) number `index` of memory at the edge of its chunk.
+
+    gates is the sum (BK,) of those of the chunk.
+    """
     state = load_state(states, index, column, tl.float32, K, V, BK, BV)
     return state * exp(-to_middle(gates, dtype))[:, None]
 
@@ -257,7 +260,8 @@ def launch_by_tokens(
     chunks = flags.numel()
     bi_gla_by_tokens_kernel[(triton.cdiv(chunks, GROUP), triton.cdiv(value_width, launch.values))](
         *rows.tensors, *(() if parts else (None,)), flags, states, o,
-        *(parts or (None, None, None, None)), tokens, heads, launch.chunks, chunks, half, *rows.strides, *(() if parts else (0, 0, 0)),
+        *(parts or (None, None, None, None)), tokens, heads, launch.chunks, chunks, half,
+        *rows.strides, *(() if parts else (0, 0, 0)),
         ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
         BV=launch.values, GROUP=GROUP, num_warps=WARPS, num_stages=1,
     )  # fmt: skip

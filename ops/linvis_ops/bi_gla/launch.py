@@ -33,7 +33,7 @@ DEFAULT: Rules = {
     ('fwd', 'large'): Rule(length=32, state_bytes=16384, segment=LONG),
     ('fwd', 'wide'): Rule(length=16, segment=LONG),
     ('bwd', 'small'): Rule(length=32, warps=2, stages=3, segment=LONG),
-    ('bwd', 'large'): Rule(length=16, warps=2, segment=LONG),
+    ('bwd', 'large'): Rule(length=16, warps=2, stages=1, segment=LONG),
     ('bwd', 'wide'): Rule(length=16, warps=8, stages=1, segment=LONG),
 }
 RULES: RulesByDevice = {(0, 0): DEFAULT}
