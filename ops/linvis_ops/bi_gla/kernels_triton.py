@@ -290,18 +290,20 @@ def bi_gla_out_kernel(
             log = LOG2E * log_decays_behind(p_f, f_stride, start, T, K, L, BK)
         x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
         keys = operand(x * exp2(log), dtype)
+        b_keys = operand(x * exp2(-b_log), dtype)
+        state *= state_decay
+        seen = operand(state, dtype)
         # the token itself counts in both
         weight = product(f_q, tl.trans(keys), dtype)
         weight = tl.where(choose(L, False), weight, 0.0)
-        b_weight = product(b_q, tl.trans(operand(x * exp2(-b_log), dtype)), dtype)
+        b_weight = product(b_q, tl.trans(b_keys), dtype)
         weight += tl.where(choose(L, True), b_weight, 0.0)
         y = load_operand(p_v, v_stride, start, T, column, V, L, BV)
-        out = product(operand(weight, dtype), y, dtype)
         behind = load_state(states, (index + span) * N + n, column, dtype, K, V, BK, BV)
-        out = add_product(out, b_q, behind, dtype)
-        state *= state_decay
-        out = add_product(out, f_q, operand(state, dtype), dtype)
+        out = product(b_q, behind, dtype)
+        out = add_product(out, f_q, seen, dtype)
         state = add_product(state, tl.trans(keys), y, dtype)
+        out = add_product(out, operand(weight, dtype), y, dtype)
         store_rows(o, out * half, batch, h, H, start, T, column, V, L, BV)
         if column == 0:
             tl.store(flags + (batch * N + n) * H + h, outside.to(tl.int8))

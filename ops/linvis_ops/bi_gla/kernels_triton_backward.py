@@ -44,6 +44,10 @@ from linvis_ops.bi_gla.kernels_triton_common import (
 )
 from linvis_ops.bi_gla.launch import launch_for
 
+# Most stages of the loop over directions: two load its tiles by copies that are waited for once a
+# direction, and three take so much shared memory that fewer programs run.
+MOST_AHEAD = 2
+
 
 @triton.jit(
     do_not_specialize=[
@@ -293,7 +297,7 @@ def bi_gla_backward(
         )  # fmt: skip
         bi_gla_gradient_kernel[(batch * heads * launch.chunks, slices)](
             *rows.tensors, weights, states, dv, flags, *parts, tokens, heads, launch.chunks, half,
-            *rows.strides, REVERSED=sums is None, AHEAD=int(__import__('os').environ.get('AHEAD') or min(launch.stages, 2)), **division,
+            *rows.strides, REVERSED=sums is None, AHEAD=min(launch.stages, MOST_AHEAD), **division,
         )  # fmt: skip
         launch_by_tokens(rows, flags, states, dv, parts, half, launch)
     if slices > 1:
