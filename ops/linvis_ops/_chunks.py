@@ -79,7 +79,7 @@ RulesByDevice = dict[tuple[int, int], Rules]
 
 
 @functools.cache
-def _capability_and_processors(device: torch.device) -> tuple[tuple[int, int], int]:
+def capability_and_processors(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability of a device, (0, 0) if it has none, and number of its multiprocessors."""
     if device.type != 'cuda':
         return (0, 0), 1
@@ -89,7 +89,7 @@ def _capability_and_processors(device: torch.device) -> tuple[tuple[int, int], i
 
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability of a device, (0, 0) if it has none."""
-    return _capability_and_processors(device)[0]
+    return capability_and_processors(device)[0]
 
 
 def power_of_two(size: int, least: int = LEAST) -> int:
@@ -107,7 +107,7 @@ def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | No
         rules: Rules of the operator.
         rule: Instead of the rule of the device.
     """
-    capability, processors = _capability_and_processors(q.device)
+    capability, processors = capability_and_processors(q.device)
     batch, tokens, heads, key_width = q.shape
     keys, values = power_of_two(key_width), power_of_two(v.shape[-1])
     short = q.dtype == torch.bfloat16

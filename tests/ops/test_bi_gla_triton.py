@@ -141,13 +141,35 @@ def test_division_covers_the_sequence(shape, dtype, width):
 
 
 @pytest.mark.parametrize(
+    ('shape', 'segments'),
+    [
+        ((128, 196, 3), 1),
+        ((1, 256, 1), 1),
+        ((64, 1024, 6), 1),
+        ((16, 4096, 3), 11),
+        ((4, 16384, 6), 22),
+        ((1, 65536, 1), 512),
+    ],
+)
+def test_segments_make_as_many_programs_as_run_at_once(monkeypatch, shape, segments):
+    from linvis_ops import _chunks
+    from linvis_ops.bi_gla import launch
+
+    for module in (_chunks, launch):
+        monkeypatch.setattr(module, 'capability_and_processors', lambda device: ((9, 0), 132))
+    q = torch.empty((*shape, 32), device='meta', dtype=torch.bfloat16)
+    assert launch.launch_for(q, q, 'fwd').segments == segments
+    assert shape[0] * shape[2] * segments <= 4 * 132
+
+
+@pytest.mark.parametrize(
     ('tokens', 'width', 'value_width', 'length', 'dtype', 'warps'),
     [
         (500, 32, 32, 32, torch.bfloat16, 8),
         (500, 32, 32, 64, torch.bfloat16, 2),
         (50, 32, 32, 128, torch.bfloat16, 2),  # one chunk of 64
-        (500, 33, 32, 32, torch.float16, 2),  # keys are rows of products, too
-        (500, 32, 64, 32, torch.float16, 2),  # and values
+        (500, 33, 32, 32, torch.float16, 2),  # keys are rows of products, too, and values are not
+        (500, 32, 64, 32, torch.float16, 8),
         (500, 128, 128, 64, torch.float32, 8),  # not by tensor cores
     ],
 )

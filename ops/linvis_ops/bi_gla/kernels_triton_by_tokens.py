@@ -29,30 +29,15 @@ WARPS = 4
 
 @triton.jit
 def to_edge(
-    states, logs, sums, index, n, m, N, S, column, gates, dtype: tl.constexpr,
+    states, index, column, gates, dtype: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """State number `index` of memory at the edge of its chunk, (BV, BK), float32.
+    """State (BK, BV) number `index` of memory at the edge of its chunk.
 
-    Args:
-        states: As `load_state` takes it, like what follows up to column.
-        logs: Log decays.
-        sums: Of segments.
-        index: Number of the state.
-        n: Chunk.
-        m: Segment.
-        N: Chunks.
-        S: Segments.
-        column: First value channel.
-        gates: Sum of the gates of the chunk, (BK,).
-        dtype: Of the inputs.
-        K: Key channels.
-        V: Value channels.
-        BK: Key channels of a tile.
-        BV: Value channels of a tile.
+    gates is the sum (BK,) of those of the chunk.
     """
-    state = load_state(states, logs, sums, index, n, m, N, S, column, tl.float32, K, V, BK, BV)
-    return state * exp(-to_middle(gates, dtype))[None, :]
+    state = load_state(states, index, column, tl.float32, K, V, BK, BV)
+    return state * exp(-to_middle(gates, dtype))[:, None]
 
 
 @triton.jit
@@ -70,12 +55,12 @@ def add_outputs(
     row = tl.arange(0, out.shape[0])[:, None]
     for i in range(count):
         t = start + token(i, count, REVERSE)
-        g = opened(load_row(p_g, g_stride, t, True, 0, K, BK))
-        x = load_row(p_k, k_stride, t, True, 0, K, BK)
-        y = load_row(p_v, v_stride, t, True, column, V, BV)
-        q = load_row(p_q, q_stride, t, True, 0, K, BK)
-        state = state * exp(g)[None, :] + y[:, None] * x[None, :]
-        out += tl.where(row == t - start, tl.sum(state * q[None, :], 1)[None, :], 0.0)
+        g = opened(load_row(p_g, g_stride, t, 0, K, BK))
+        x = load_row(p_k, k_stride, t, 0, K, BK)
+        y = load_row(p_v, v_stride, t, column, V, BV)
+        q = load_row(p_q, q_stride, t, 0, K, BK)
+        state = state * exp(g)[:, None] + x[:, None] * y[None, :]
+        out += tl.where(row == t - start, tl.sum(state * q[:, None], 0)[None, :], 0.0)
     return out
 
 
@@ -88,7 +73,7 @@ def gradients(
     """Gradients by q, k, v, gates of one direction of a chunk, without a token's weight of itself.
 
     Args:
-        state: What enters the chunk, (BV, BK), float32.
+        state: What enters the chunk, (BK, BV), float32.
         d_state: Gradient by what leaves it, likewise.
         p_q: Queries of the sequence.
         p_k: Keys.
@@ -117,26 +102,26 @@ def gradients(
     dv = tl.zeros((L, BV), tl.float32)
     for i in range(count):
         t = start + token(i, count, REVERSE)
-        gate = opened(load_row(p_g, g_stride, t, True, 0, K, BK))
-        x = load_row(p_k, k_stride, t, True, 0, K, BK)
-        y = load_row(p_v, v_stride, t, True, column, V, BV)
-        g = load_row(p_o, o_stride, t, True, column, V, BV)
-        state *= exp(gate)[None, :]
-        dq += tl.where(row == t - start, tl.sum(state * g[:, None], 0)[None, :], 0.0)
-        state += y[:, None] * x[None, :]
+        gate = opened(load_row(p_g, g_stride, t, 0, K, BK))
+        x = load_row(p_k, k_stride, t, 0, K, BK)
+        y = load_row(p_v, v_stride, t, column, V, BV)
+        g = load_row(p_o, o_stride, t, column, V, BV)
+        state *= exp(gate)[:, None]
+        dq += tl.where(row == t - start, tl.sum(state * g[None, :], 1)[None, :], 0.0)
+        state += x[:, None] * y[None, :]
     # by all gates, from pairs of tokens on both sides of the end of the chunk
-    crossing = tl.sum(state * d_state, 0)
+    crossing = tl.sum(state * d_state, 1)
     for i in range(count):
         t = start + token(i, count, not REVERSE)
-        gate = opened(load_row(p_g, g_stride, t, True, 0, K, BK))
-        x = load_row(p_k, k_stride, t, True, 0, K, BK)
-        y = load_row(p_v, v_stride, t, True, column, V, BV)
-        q = load_row(p_q, q_stride, t, True, 0, K, BK)
-        g = load_row(p_o, o_stride, t, True, column, V, BV)
+        gate = opened(load_row(p_g, g_stride, t, 0, K, BK))
+        x = load_row(p_k, k_stride, t, 0, K, BK)
+        y = load_row(p_v, v_stride, t, column, V, BV)
+        q = load_row(p_q, q_stride, t, 0, K, BK)
+        g = load_row(p_o, o_stride, t, column, V, BV)
         own = row == t - start
-        dk += tl.where(own, tl.sum(d_state * y[:, None], 0)[None, :], 0.0)
-        dv += tl.where(own, tl.sum(d_state * x[None, :], 1)[None, :], 0.0)
-        d_state = (d_state + g[:, None] * q[None, :]) * exp(gate)[None, :]
+        dk += tl.where(own, tl.sum(d_state * y[None, :], 1)[None, :], 0.0)
+        dv += tl.where(own, tl.sum(d_state * x[:, None], 0)[None, :], 0.0)
+        d_state = (d_state + q[:, None] * g[None, :]) * exp(gate)[:, None]
     q = load_rows(p_q, q_stride, start, T, 0, K, L, BK).to(tl.float32)
     x = load_rows(p_k, k_stride, start, T, 0, K, L, BK).to(tl.float32)
     dg = crossing[None, :] + tl.cumsum(q * dq - x * dk, 0, reverse=not REVERSE)
@@ -145,7 +130,7 @@ def gradients(
 
 @triton.jit(
     do_not_specialize=[
-        'T', 'H', 'N', 'R', 'S', 'chunks', 'half', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'v_b',
+        'T', 'H', 'N', 'chunks', 'half', 'q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'v_b',
         'v_t', 'v_h', 'f_b', 'f_t', 'f_h', 'b_b', 'b_t', 'b_h', 'o_b', 'o_t', 'o_h',
     ]
 )  # fmt: skip
@@ -157,9 +142,7 @@ def bi_gla_by_tokens_kernel(
     g_bwd,
     go,  # (B, T, H, V): gradient by the output, or None for outputs
     flags,  # (B * N * H,), int8
-    states,  # (2 or 4, B, H, N, V, K), or None for one chunk
-    logs,  # (2 or 4, B, H, N, K), or None for one segment
-    sums,  # (2 or 4, B, H, S, V, K) of the scan, or None for one segment
+    states,  # (2 or 4, B, H, N, K, V)
     o,  # (B, T, H, V), contiguous: the output, with go the gradient by v
     dq,  # (B, T, H, K), contiguous; (slices of V, B, T, H, K), float32, where there are several
     dk,
@@ -168,8 +151,6 @@ def bi_gla_by_tokens_kernel(
     T,
     H,
     N,  # chunks of a sequence
-    R,  # chunks of a segment
-    S,  # segments
     chunks,  # of all sequences and heads
     half,  # half the scale
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, f_b, f_t, f_h, b_b, b_t, b_h, o_b, o_t, o_h,
@@ -196,7 +177,6 @@ def bi_gla_by_tokens_kernel(
         if tl.sum(tl.where(group == number, flagged, 0), 0) > 0:
             remaining -= 1
             batch, n, h = place(number, N, H)
-            m = n // R
             p_q = q + (batch * q_b + h * q_h) * ALIGN
             p_k = k + (batch * k_b + h * k_h) * ALIGN
             p_v = v + (batch * v_b + h * v_h) * ALIGN
@@ -206,20 +186,14 @@ def bi_gla_by_tokens_kernel(
             count = tl.minimum(T - start, L)
             at = batch * H + h
             gates = tl.sum(load_gates(p_f, f_stride, start, T, K, L, BK), 0)
-            f_state = to_edge(
-                states, logs, sums, at, n, m, N, S, column, gates, dtype, K, V, BK, BV
-            )
+            f_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
             if go is not None:
                 at += 3 * span
-                df_state = to_edge(
-                    states, logs, sums, at, n, m, N, S, column, gates, dtype, K, V, BK, BV
-                )
+                df_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
                 at -= 3 * span
             gates = tl.sum(load_gates(p_b, b_stride, start, T, K, L, BK), 0)
             at += span
-            b_state = to_edge(
-                states, logs, sums, at, n, m, N, S, column, gates, dtype, K, V, BK, BV
-            )
+            b_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
             if go is None:
                 out = tl.zeros((L, BV), tl.float32)
                 out = add_outputs(
@@ -233,9 +207,7 @@ def bi_gla_by_tokens_kernel(
                 store_rows(o, out * half, batch, h, H, start, T, column, V, L, BV)
             else:
                 at += span
-                db_state = to_edge(
-                    states, logs, sums, at, n, m, N, S, column, gates, dtype, K, V, BK, BV
-                )
+                db_state = to_edge(states, at * N + n, column, gates, dtype, K, V, BK, BV)
                 p_o = go + (batch * o_b + h * o_h) * ALIGN
                 o_stride = o_t * ALIGN
                 b_dq, b_dk, dv, dg = gradients(
@@ -266,7 +238,7 @@ def bi_gla_by_tokens_kernel(
 def launch_by_tokens(
     rows: Rows,
     flags: Tensor,
-    entering: Sequence[Tensor | None],
+    states: Tensor,
     o: Tensor,
     parts: Sequence[Tensor],
     half: float,
@@ -277,7 +249,7 @@ def launch_by_tokens(
     Args:
         rows: q, k, v, g_fwd, g_bwd, and for gradients the gradient by the output.
         flags: int8, nonzero for such chunks.
-        entering: states, logs and sums.
+        states: Those that enter the chunks.
         o: The output, for gradients the gradient by v.
         parts: For gradients those by q, k and the gates.
         half: Half the scale.
@@ -287,9 +259,9 @@ def launch_by_tokens(
     value_width = o.shape[-1]
     chunks = flags.numel()
     bi_gla_by_tokens_kernel[(triton.cdiv(chunks, GROUP), triton.cdiv(value_width, launch.values))](
-        *rows.tensors, *(() if parts else (None,)), flags, *entering, o,
-        *(parts or (None, None, None, None)), tokens, heads, launch.chunks, launch.segment,
-        launch.segments, chunks, half, *rows.strides, *(() if parts else (0, 0, 0)),
+        *rows.tensors, *(() if parts else (None,)), flags, states, o,
+        *(parts or (None, None, None, None)), tokens, heads, launch.chunks, chunks, half,
+        *rows.strides, *(() if parts else (0, 0, 0)),
         ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
         BV=launch.values, GROUP=GROUP, num_warps=WARPS, num_stages=1,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linvis_ops._triton import interpreting
 from linvis_ops._triton_math import LOG2E, exp2
-from linvis_ops._triton_tiles import load_rows, operand
+from linvis_ops._triton_tiles import cast, load_rows, operand
 
 _INTERPRETING = tl.constexpr(interpreting())
 # A gate below this decays to 0 in float32 as well, and its sums stay numbers.
@@ -18,11 +18,10 @@ RANGE_FLOAT32 = tl.constexpr(11.0)
 
 
 @triton.jit
-def load_row(p, stride, t, valid, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Token t, (BLOCK,), as float32; 0 unless `valid`."""
+def load_row(p, stride, t, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Token t, (BLOCK,), as float32."""
     c = column + tl.arange(0, BLOCK)
-    inside = valid & (c < WIDTH)
-    return tl.load(p + t.to(tl.int64) * stride + c, mask=inside, other=0).to(tl.float32)
+    return tl.load(p + t.to(tl.int64) * stride + c, mask=c < WIDTH, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -45,40 +44,37 @@ def load_gates(p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def choose(L: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr):
-    """Matrix (L, L): for each token those before it, those behind it if REVERSE; itself if OWN."""
+def choose(L: tl.constexpr, REVERSE: tl.constexpr):
+    """Matrix (L, L): for each token itself and those before it, or behind it if REVERSE."""
     t = tl.arange(0, L)[:, None]
     s = tl.arange(0, L)[None, :]
-    if REVERSE:
-        chosen = s >= t if OWN else s > t
-    else:
-        chosen = s <= t if OWN else s < t
-    return chosen
+    return s >= t if REVERSE else s <= t
 
 
+# Rows of a product that is a sum.
+LEAST = tl.constexpr(16)
 # Matrices of `make_weights`.
-WEIGHTS = 7
+WEIGHTS = 6
 
 
 @triton.jit
 def bi_gla_weights_kernel(out, L: tl.constexpr):
-    """One of the matrices (7, L, L) that `make_weights` describes."""
+    """One of the matrices (6, L, L) that `make_weights` describes."""
     which = tl.program_id(0)
     t = tl.arange(0, L)[:, None]
     s = tl.arange(0, L)[None, :]
     # steps of s behind t, or before it
     steps = tl.where(which % 2 == 0, s - t, t - s)
-    chosen = (steps > 0) | ((steps == 0) & (which >= 2)) | (which == 6)
+    chosen = (steps > 0) | ((steps == 0) & (which >= 2))
     x = chosen.to(tl.float32) - tl.where((which == 4) | (which == 5), 0.5, 0.0)
     tl.store(out + which * (L * L) + t * L + s, x)
 
 
 def make_weights(x: Tensor, length: int) -> Tensor:
-    """Matrices (7, L, L) for `load_weights`, in the dtype that products of sums take beside x.
+    """Matrices (6, L, L) for `load_weights`, in the dtype that products of sums take beside x.
 
     For each token, 1 for those behind it, for those before it, for it and those behind it, for it
-    and those before it, and 0 for others; the last two of these with 1/2 for 1 and -1/2 for 0; 1
-    everywhere.
+    and those before it, and 0 for others; the last two of these with 1/2 for 1 and -1/2 for 0.
     """
     short = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     weights = x.new_empty((WEIGHTS, length, length), dtype=short)
@@ -91,18 +87,6 @@ def load_weights(p, which, L: tl.constexpr):
     """Matrix number `which` of `make_weights`, a factor of `add_weighted`."""
     x = tl.load(p + which * (L * L) + tl.arange(0, L)[:, None] * L + tl.arange(0, L)[None, :])
     if _INTERPRETING:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def load_ones(p, dtype: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
-    """Matrix (L, WIDTH) of ones from those of `make_weights`, an operand."""
-    column = tl.arange(0, WIDTH)
-    if WIDTH > L:
-        column = column % L
-    x = tl.load(p + 6 * (L * L) + tl.arange(0, L)[:, None] * L + column[None, :])
-    if dtype == tl.float16 or _INTERPRETING:
         x = x.to(tl.float32)
     return x
 
@@ -141,16 +125,30 @@ def log_decays_from_middle(
 
 
 @triton.jit
+def log_decays_behind(p, stride, start, T, K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr):
+    """Sums of the gates behind each token of a chunk, (L, BK)."""
+    row = tl.arange(0, L)[:, None]
+    g = tl.where(row < L - 1, load_gates(p, stride, start + 1, T, K, L, BK), 0.0)
+    return tl.cumsum(g, 0, reverse=True)
+
+
+@triton.jit
 def bound(dtype: tl.constexpr):
     """Largest exponent of a factor of products, for inputs of a dtype."""
     return RANGE_FLOAT32 if dtype == tl.float32 else RANGE
 
 
 @triton.jit
-def count_outside(log_decay, dtype: tl.constexpr):
-    """How many log decays, counted from the middle of their range, fit no factor of products."""
-    fit = tl.abs(log_decay) <= bound(dtype)
-    return tl.sum(tl.sum(1 - fit.to(tl.int32), 1), 0)
+def magnitude(x):
+    """Absolute float32 numbers as integers of the same order; what is no number is the largest."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def any_beyond(magnitudes, limit):
+    """Whether one of a tile of magnitudes is that of a number above the limit, or of no number."""
+    largest = tl.max(magnitudes).to(tl.float32, bitcast=True)
+    return (largest > limit) | (largest != largest)
 
 
 @triton.jit
@@ -164,38 +162,49 @@ def to_middle(total, dtype: tl.constexpr):
 
 
 @triton.jit
+def sum_over_tokens(g, dtype: tl.constexpr, digits: tl.constexpr):
+    """Sums (BK,) of gates (L, BK), by the products of `add_weighted`."""
+    if dtype == tl.float32:
+        total = tl.sum(g, 0)
+    else:
+        ones = operand(tl.full((LEAST, g.shape[0]), 1.0, tl.float32), tl.bfloat16)
+        rows = tl.zeros((LEAST, g.shape[1]), tl.float32)
+        # all of them are alike
+        total = tl.max(add_weighted(rows, ones, g, dtype, digits), 0)
+    return total
+
+
+@triton.jit
 def state_places(column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Where the elements (BV, BK) of a transposed state are in memory, and which of them exist."""
-    c = column + tl.arange(0, BV)[:, None]
-    i = tl.arange(0, BK)[None, :]
-    exist = tl.full((BV, BK), True, tl.int1)
+    """Where the elements (BK, BV) of a state are in memory, and which of them exist."""
+    i = tl.arange(0, BK)[:, None]
+    c = column + tl.arange(0, BV)[None, :]
+    exist = tl.full((BK, BV), True, tl.int1)
     if K < BK or V % BV != 0:
         exist = (i < K) & (c < V)
-    return c * K + i, exist
+    return i * V + c, exist
 
 
 @triton.jit
 def load_state(
-    states, logs, sums, index, n, m, N, S, column, dtype: tl.constexpr,
+    p, index, column, dtype: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """State number `index` that enters chunk n of segment m, decayed up to the chunk's middle.
+    """State (BK, BV) number `index` of memory, an operand for inputs of a dtype."""
+    places, exist = state_places(column, K, V, BK, BV)
+    x = tl.load(p + index * (K * V) + places, mask=exist, other=0.0)
+    if dtype != tl.bfloat16 or _INTERPRETING:
+        x = operand(x.to(tl.float32), dtype)
+    return x
 
-    Returns:
-        An operand (BV, BK), transposed; zeros if memory has none.
-    """
-    if states is None:
-        state = tl.zeros((BV, BK), tl.float32)
-    else:
-        places, exist = state_places(column, K, V, BK, BV)
-        state = tl.load(states + (index * N + n) * (V * K) + places, mask=exist, other=0.0)
-        state = state.to(tl.float32)
-        if sums is not None:
-            i = tl.arange(0, BK)[None, :]
-            log = tl.load(logs + (index * N + n) * K + i, mask=i < K, other=0.0)
-            entering = tl.load(sums + (index * S + m) * (V * K) + places, mask=exist, other=0.0)
-            state += entering.to(tl.float32) * exp(log)
-    return operand(state, dtype)
+
+@triton.jit
+def store_state(
+    p, x, index, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """Store a state (BK, BV) as number `index` of memory."""
+    places, exist = state_places(column, K, V, BK, BV)
+    tl.store(p + index * (K * V) + places, cast(x, p), mask=exist)
 
 
 @triton.jit
