@@ -30,8 +30,6 @@ class Rule:
         state_bytes: Most bytes of a state as a factor of products; wide values are cut into slices
             for which programs of their own run.
         stages: Chunks of a loop whose loads are under way together, as `num_stages` of Triton.
-        registers: Most registers of a thread, so that more programs share a multiprocessor; None:
-            as many as the compiler likes.
     """
 
     length: int
@@ -41,7 +39,6 @@ class Rule:
     programs: int = 4
     state_bytes: int = 8192
     stages: int = 2
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,6 @@ class Launch:
         values: Value channels of a tile, a power of two.
         warps: Warps of a program.
         stages: As `num_stages` of Triton.
-        registers: As `maxnreg` of Triton.
     """
 
     length: int
@@ -68,7 +64,6 @@ class Launch:
     values: int
     warps: int = 4
     stages: int = 2
-    registers: int | None = None
 
 
 # By pass and by size: bfloat16 up to a width of 64 is small, one of the two is large, neither is
@@ -131,7 +126,6 @@ def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | No
         values=min(values, max(most_values, LEAST)),
         warps=rule.warps,
         stages=rule.stages,
-        registers=rule.registers,
     )
 
 

@@ -270,7 +270,7 @@ def test_segments_are_equal_and_no_more_than_the_gpu_has_places_for(
     from linvis_ops import _chunks
     from linvis_ops.retention.launch import launch_for
 
-    monkeypatch.setattr(_chunks, '_capability_and_processors', lambda _: ((9, 0), 132))
+    monkeypatch.setattr(_chunks, 'capability_and_processors', lambda _: ((9, 0), 132))
     q = torch.empty((*shape, 64), device='meta', dtype=torch.bfloat16)
     for of in ('fwd', 'bwd'):
         launch = launch_for(q, q, of)

@@ -376,7 +376,7 @@ def entering_states(
         launch.chunks, launch.segment, launch.segments, *rows.strides, *(() if go else (0, 0, 0)),
         ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
         BV=launch.values, BIDIRECTIONAL=bidirectional, num_warps=launch.warps,
-        num_stages=launch.stages, maxnreg=launch.registers,
+        num_stages=launch.stages,
     )  # fmt: skip
     blocks = triton.cdiv(key_width * value_width, SCAN_ELEMENTS)
     retention_scan_kernel[(kinds * batch * heads, blocks)](
@@ -433,6 +433,6 @@ def retention_forward(
             launch.segments, key_width**-0.5 if scale is None else scale, *rows.strides,
             ALIGN=rows.align, K=key_width, V=value_width, L=launch.length, BK=launch.keys,
             BV=launch.values, BIDIRECTIONAL=bidirectional, num_warps=launch.warps,
-            num_stages=launch.stages, maxnreg=launch.registers,
+            num_stages=launch.stages,
         )  # fmt: skip
     return o

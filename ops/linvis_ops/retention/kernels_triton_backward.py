@@ -115,6 +115,6 @@ def retention_backward(
                 launch.segment, launch.segments, key_width**-0.5 if scale is None else scale,
                 *rows.strides, ALIGN=rows.align, K=keys, V=values, L=launch.length, BK=bk, BV=bv,
                 BIDIRECTIONAL=bidirectional, FIRST=first, OUTPUTS=outputs, num_warps=launch.warps,
-                num_stages=launch.stages, maxnreg=launch.registers,
+                num_stages=launch.stages,
             )  # fmt: skip
     return dq, dk, dv
