@@ -19,16 +19,18 @@ class Streaming:
         least_tokens: Shorter sequences leave its rows empty.
         most_tokens: In longer ones too many segments ask for the sums of all others.
         segment: Tokens of its segments.
+        fastest_up_to: Tokens up to which it was measured to be faster than Triton's.
     """
 
     least_tokens: int
     most_tokens: int
     segment: int
+    fastest_up_to: int
 
 
 # README.md of this folder, Implementation in CUDA.
-FORWARD = Streaming(least_tokens=100, most_tokens=32768, segment=256)
-BACKWARD = Streaming(least_tokens=150, most_tokens=28672, segment=224)
+FORWARD = Streaming(least_tokens=100, most_tokens=32768, segment=256, fastest_up_to=16384)
+BACKWARD = Streaming(least_tokens=150, most_tokens=28672, segment=224, fastest_up_to=28672)
 # Compute capabilities on which these limits were measured.
 MEASURED = {(9, 0)}
 
@@ -97,7 +99,12 @@ def streams(k: Tensor, v: Tensor, gy: Tensor | None = None) -> bool:
 
 def leads(k: Tensor, v: Tensor, _w: Tensor, _u: Tensor, gy: Tensor | None = None) -> bool:
     """Whether these kernels are faster than Triton's: where a streaming one was measured to be."""
-    return streams(k, v, gy) and torch.cuda.get_device_capability(v.device) in MEASURED
+    limits = FORWARD if gy is None else BACKWARD
+    return (
+        streams(k, v, gy)
+        and v.shape[1] <= limits.fastest_up_to
+        and torch.cuda.get_device_capability(v.device) in MEASURED
+    )
 
 
 def bi_wkv_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
