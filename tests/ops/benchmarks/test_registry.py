@@ -82,6 +82,8 @@ def test_entry_runs_all_passes(operator):
 @pytest.mark.parametrize('operator', PRESENT)
 def test_backward_pass_is_one_registered_operator(operator):
     """The operator is called directly, with what autograd gives to it."""
+    if operator.function == 'layer_norm':
+        pytest.skip("its backend 'torch' is PyTorch's own norm")
     call = prepared(operator).call('bwd')
     assert call.what.startswith(f'linvis::{operator.function}')
     result = call.run()
