@@ -314,11 +314,14 @@ def test_the_streaming_kernels_are_not_for_tensors_on_a_cpu(backward):
 def test_these_kernels_lead_where_they_stream_on_gpus_that_were_measured(
     device, backward, monkeypatch
 ):
-    short, long = (tokens_on_gpu(1, n, 32) for n in (20, 200))
+    short, long, longer = (tokens_on_gpu(1, n, 32) for n in (20, 200, 20_000))
     for capability, leads in (((9, 0), True), ((8, 0), False)):
         monkeypatch.setattr('torch.cuda.get_device_capability', lambda _, c=capability: c)
         assert not cuda.leads(short, short, None, None, *[short] * backward)
         assert cuda.leads(long, long, None, None, *[long] * backward) is leads
+        # Triton's forward pass is faster there
+        assert cuda.streams(longer, longer, longer if backward else None)
+        assert cuda.leads(longer, longer, None, None, *[longer] * backward) is (leads and backward)
 
 
 @pytest.mark.parametrize('taken', [True, False])
