@@ -24,7 +24,7 @@ LONGEST = 256
 # memory. Chunks are the largest whose kernels spill few registers, and none where they form
 # warpgroups (README.md, Implementation in Triton).
 SMALL = Rule(length=64, segment=2**30, programs=2, stages=3)
-LARGE = Rule(length=16, segment=2**30, programs=2, warps=8, state_bytes=16384)
+LARGE = Rule(length=32, segment=2**30, programs=2, warps=8, state_bytes=16384)
 WIDE = Rule(length=16, segment=2**30, programs=2, warps=8, state_bytes=16384)
 DEFAULT: Rules = {
     (of, size): rule
@@ -35,6 +35,8 @@ RULES: RulesByDevice = {(0, 0): DEFAULT, (9, 0): DEFAULT}
 # For short dtypes whose rows are moved element by element or masked, and for heads narrower than
 # 64, where products of warpgroups are not right (README.md): two warps form no warpgroup.
 UNEVEN = Rule(length=32, segment=2**30, warps=2, state_bytes=4096)
+# Most tokens of a chunk without tensor cores, whose factors are in registers.
+LONGEST_OF_FLOAT32 = 16
 # Least width of a head whose products are right.
 NARROWEST = 64
 
@@ -62,8 +64,14 @@ def launch_for(q: Tensor, v: Tensor, of: Pass, rule: Rule | None = None) -> Laun
     # equal segments; where their length is not bounded, no more than the GPU has places for
     most = launch.chunks if rule is None else rule.segment // launch.length
     segments = launch.segments if launch.segment >= most else launch.chunks // launch.segment
-    segment = -(-launch.chunks // segments)
-    return replace(launch, segment=segment, segments=-(-launch.chunks // segment))
+    length = launch.length
+    if q.dtype == torch.float32:
+        length = min(length, LONGEST_OF_FLOAT32)
+    chunks = -(-q.shape[1] // length)
+    segment = -(-chunks // segments)
+    return replace(
+        launch, length=length, chunks=chunks, segment=segment, segments=-(-chunks // segment)
+    )
 
 
 def rows_and_launch(of: Pass, launch: Launch | None, *tensors: Tensor) -> tuple[Rows, Launch]:
