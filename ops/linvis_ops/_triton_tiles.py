@@ -134,11 +134,3 @@ def store_rows_at(
         inside = inside & (c < WIDTH)
     p += start.to(tl.int64) * stride
     tl.store(p + (row * stride + c), cast(x, p), mask=inside)
-
-
-@triton.jit
-def state_offsets(column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Where the elements (BK, BV) of a state are in memory, and which of them exist."""
-    i = tl.arange(0, BK)[:, None]
-    c = column + tl.arange(0, BV)[None, :]
-    return i * V + c, (i < K) & (c < V)

@@ -236,7 +236,7 @@ def launch_retention(rule, of, dtype, key_width, value_width, *, bidirectional, 
     from linvis_ops.retention import kernels_triton, kernels_triton_backward
     from linvis_ops.retention.launch import launch_for
 
-    *inputs, log_gamma = detached(retention_inputs(batch, tokens, 2, key_width, value_width, dtype))
+    *inputs, log_gamma = detached(retention_inputs(batch, tokens, 1, key_width, value_width, dtype))
     division = launch_for(inputs[0], inputs[2], of, rule)
     rest = (*inputs, log_gamma, bidirectional, None, division)
     if of == 'fwd':
