@@ -82,11 +82,17 @@ def stream_parser() -> argparse.ArgumentParser:
     parser.add_argument('config', help='config file of a classifier or segmentor')
     parser.add_argument('checkpoint', help="checkpoint file, or 'none' for random weights")
     parser.add_argument('picture', help='picture file, or .npy of bytes (H, W, 3) in RGB')
-    parser.add_argument('--band', type=int, default=16, help='rows of patches in a band')
     parser.add_argument(
-        '--out', help='PNG file of the label map of a segmentor; default: PICTURE_labels.png'
+        '--band', type=int, default=16, help='rows of patches in a band; default: 16'
     )
-    parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda')
+    parser.add_argument(
+        '--out',
+        help='PNG file of the label map of a segmentor, bytes that number its classes; '
+        'default: PICTURE_labels.png in the current folder',
+    )
+    parser.add_argument(
+        '--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, cuda:N'
+    )
     _add_cfg_options(parser)
     parser.set_defaults(launcher='none', local_rank=None)
     return parser

@@ -22,7 +22,7 @@ from linvis.engine import config as configs
 from linvis.engine.devices import resolve_placement
 from linvis.engine.errors import LaunchError
 from linvis.models import ViR
-from linvis.utils.checkpoint import load_state_dict_into
+from linvis.utils.checkpoint import load_checkpoint, load_state_dict_into
 
 # Classes that are printed for a picture.
 SHOWN = 5
@@ -54,8 +54,11 @@ def stream(args: argparse.Namespace) -> None:
     if 'data_preprocessor' in cfg:  # as mmengine's runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
+    names = None
     if args.checkpoint != 'none':
-        load_state_dict_into(model, args.checkpoint)
+        checkpoint = load_checkpoint(args.checkpoint)
+        load_state_dict_into(model, checkpoint)
+        names = checkpoint.get('meta', {}).get('dataset_meta', {}).get('classes')
     model.to(placement.device).eval()
     step = args.band * _streamed_backbone(model).patch_size
     bands = _with_progress(bands_of(picture, step), -(-picture.shape[0] // step))
@@ -69,7 +72,8 @@ def stream(args: argparse.Namespace) -> None:
     scores = classify(model, bands, picture.shape[0])
     sys.stdout.write('\n')
     for place in scores.argsort(descending=True)[:SHOWN].tolist():
-        sys.stdout.write(f'class {place:5}  {scores[place].item():.4f}\n')
+        name = names[place] if names else f'class {place:5}'
+        sys.stdout.write(f'{name}  {scores[place].item():.4f}\n')
 
 
 def open_picture(path: Path) -> np.ndarray:
@@ -218,9 +222,10 @@ def _together(
 def _streamed_backbone(model: nn.Module) -> ViR:
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, ViR) or backbone.direction != 'causal':
+        kind = f'a {backbone.direction} ' if isinstance(backbone, ViR) else ''
         raise LaunchError(
-            'Only a model with a causal ViR takes a picture in bands, got '
-            f'{type(backbone).__name__}; see docs/models/vir.md.'
+            "Only a model with a causal ViR takes a picture in bands (direction='causal'), got "
+            f'{kind}{type(backbone).__name__}; see docs/models/vir.md.'
         )
     return backbone
 

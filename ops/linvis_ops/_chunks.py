@@ -116,7 +116,7 @@ def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | No
         segment = chunks
     else:
         fair = batch * heads * chunks // (rule.programs * processors)
-        segment = max(min(fair, rule.segment // length), 1)
+        segment = max(min(fair, rule.segment // length, chunks), 1)
     return Launch(
         length=length,
         chunks=chunks,

@@ -112,6 +112,35 @@ def test_chunks_out_of_range_between_others(backend, device, segment, flagged):
 
 
 @pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
+def test_states_pass_through_a_chunk_out_of_range(backend, device, flagged):
+    """In the channels whose gates are open."""
+    from linvis_ops._chunks import Launch
+
+    inputs = bi_gla_inputs(1, 70, 1, 6, 20, torch.float32, device, gate=-0.05)
+    with torch.no_grad():
+        inputs[3][:, 20:27, :, :2] = -20.0
+        inputs[4][:, 37:40, :, 2:4] = -20.0
+    launch = Launch(16, 5, 5, 1, keys=16, values=32)
+    check_both_passes(inputs, (launch, launch))
+    for of in flagged:
+        assert of.tolist() == [0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+@pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
+def test_pairs_on_the_wrong_side_may_overflow(backend, device, dtype, flagged):
+    """Their decays are of positive exponents: finite in range, but not times large products."""
+    rate = -2.57 if dtype == torch.bfloat16 else -0.65
+    inputs = bi_gla_inputs(1, 32, 1, 16, 16, dtype, device, gate=rate, gate_dtype=torch.float32)
+    with torch.no_grad():
+        for each in inputs[:2]:
+            each.abs_().add_(1).mul_(60 if dtype == torch.bfloat16 else 1e14)
+        inputs[3][:, 0] = inputs[4][:, -1] = 0.0
+    check_both_passes(inputs)
+    assert not any(of.any() for of in flagged)
+
+
+@pytest.mark.parametrize(('backend', 'device'), TRITON_DEVICES)
 def test_chunks_in_range_are_not_computed_token_by_token(backend, device, flagged):
     check_both_passes(bi_gla_inputs(1, 70, 1, 6, 20, torch.bfloat16, device))
     assert not any(of.any() for of in flagged)

@@ -125,7 +125,7 @@ def test_sizes_of_the_network_match_float64(direction, tokens):
 # tokens, tokens of a chunk, chunks of a segment
 ONE_SEGMENT, TWO_SEGMENTS, LONG_SCAN = (37, 16, 3), (50, 16, 2), (130, 16, 1)
 # keys and values as wide: gradients of one launch
-THREE_SEGMENTS = (40, 16, 1)
+THREE_SEGMENTS, LONG_SEGMENTS = (40, 16, 1), (90, 16, 2)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,7 @@ THREE_SEGMENTS = (40, 16, 1)
         (ONE_SEGMENT, 'bidirectional', 1.0, 'bf16'),
         (TWO_SEGMENTS, 'causal', 0.9, 'bf16'),
         (THREE_SEGMENTS, 'causal', 0.9, 'f32'),
+        (LONG_SEGMENTS, 'bidirectional', 0.9, 'f32'),
         (THREE_SEGMENTS, 'bidirectional', None, 'f16'),
         # the scan takes several rounds
         (LONG_SCAN, 'causal', 0.99, 'f32'),
@@ -154,7 +155,7 @@ def test_every_division_computes_the_definition(device, division, direction, gam
 
     tokens, length, segment = division
     chunks = -(-tokens // length)
-    values = {LONG_SCAN: 16, THREE_SEGMENTS: 6}.get(division, 20)
+    values = {LONG_SCAN: 16, THREE_SEGMENTS: 6, LONG_SEGMENTS: 6}.get(division, 20)
     dtype = DTYPES[dtype]
     heads = 2 if gamma is None else 1
     inputs = detached(retention_inputs(1, tokens, heads, 6, values, dtype, device, gamma=gamma))
@@ -238,15 +239,16 @@ def test_repeated_runs_are_bit_identical(direction, tokens):
 # Divisions, and what is left to PyTorch
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1), (128, 197, 6), (1, 65536, 6), (64, 1024, 6)])
+@pytest.mark.parametrize('uneven', [False, True])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (128, 300, 6), (1, 65536, 6), (64, 1024, 6)])
 @pytest.mark.parametrize('dtype', DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize('width', [20, 64, 128])
-def test_division_covers_the_sequence(shape, dtype, width):
-    from linvis_ops.retention.launch import launch_for
+def test_division_covers_the_sequence(shape, dtype, width, uneven):
+    from linvis_ops.retention.launch import UNEVEN, launch_for
 
     q = torch.empty((*shape, width), device='meta', dtype=dtype)
     for of in ('fwd', 'bwd'):
-        launch = launch_for(q, q, of)
+        launch = launch_for(q, q, of, UNEVEN if uneven else None)
         assert (launch.chunks - 1) * launch.length < shape[1] <= launch.chunks * launch.length
         assert (launch.segments - 1) * launch.segment < launch.chunks
         assert launch.chunks <= launch.segments * launch.segment

@@ -31,6 +31,7 @@ from linvis_ops.bi_gla.kernels_triton_common import (
     any_beyond,
     bound,
     exp,
+    kept,
     load_gates,
     load_state,
     load_weights,
@@ -207,7 +208,7 @@ def bi_gla_gradient_kernel(
         d_weight = product(g, tl.trans(y), dtype)
         # of a token with itself
         own = tl.sum(tl.where(other == row, d_weight, 0.0), 1)[:, None]
-        d_weight = multiplied(operand(d_weight, dtype), before, dtype)
+        d_weight = kept(operand(d_weight, dtype), before)
         at = index + span * direction
         state = load_state(states, at * N + n, column, dtype, K, V, BK, BV)
         at = index + span * (3 - direction)
@@ -235,7 +236,7 @@ def bi_gla_gradient_kernel(
         b_q = operand(x_q * exp2(log), dtype)
         until = load_weights(weights, 3 - direction, L)
         weight = product(b_q, tl.trans(b_k), dtype)
-        weight = multiplied(operand(weight, dtype), until, dtype)
+        weight = kept(operand(weight, dtype), until)
         b_dv = add_product(b_dv, tl.trans(weight), g, dtype)
         dk_within = product(tl.trans(d_weight), b_q, dtype)
         b_dk += (dk_out + dk_within) * decay

@@ -208,6 +208,12 @@ def store_state(
 
 
 @triton.jit
+def kept(x, chosen):
+    """Operand x where a matrix of ones and zeros has ones; the rest may be infinite."""
+    return tl.where(chosen != 0, x, 0.0)
+
+
+@triton.jit
 def multiplied(a, b, dtype: tl.constexpr):
     """Product, element by element, of two operands, as an operand."""
     if dtype == tl.bfloat16 and not _INTERPRETING:
