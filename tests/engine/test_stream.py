@@ -154,7 +154,10 @@ def test_label_map_is_written(capsys):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (("retention='2d'", "retention='2d', direction='bidirectional'"), 'with a causal ViR'),
+        (
+            ("retention='2d'", "retention='2d', direction='bidirectional'"),
+            'got a bidirectional ViR',
+        ),
         (('kernel_size=1', 'kernel_size=3'), None),
         (('num_convs=0, kernel_size=1', 'num_convs=1, kernel_size=3'), 'kernel_size=1'),
         (('num_classes=5', 'num_classes=5, align_corners=True'), 'without align_corners'),
@@ -202,6 +205,20 @@ def test_mistakes_are_told_in_one_sentence(options, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert 'Traceback' not in error
+
+
+def test_classes_are_named_as_in_the_checkpoint(capsys):
+    Path('config.py').write_text(CLASSIFIER)
+    np.save('picture.npy', picture_of(40, 24))
+    init_default_scope('mmpretrain')
+    state_dict = MODELS.build(Config.fromfile('config.py').model).state_dict()
+    classes = tuple('abcdefg')
+    checkpoint = {'state_dict': state_dict, 'meta': {'dataset_meta': {'classes': classes}}}
+    torch.save(checkpoint, 'checkpoint.pth')
+    assert main_stream(['config.py', 'checkpoint.pth', 'picture.npy', '--device', 'cpu']) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if '  0.' in line]
+    assert len(names) == stream.SHOWN
+    assert set(names) <= set(classes)
 
 
 def test_config_on_a_library_and_preprocessor_beside_the_model():
