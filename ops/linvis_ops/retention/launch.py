@@ -31,7 +31,7 @@ DEFAULT: Rules = {
     for size, rule in (('small', SMALL), ('large', LARGE), ('wide', WIDE))
     for of in get_args(Pass)
 }
-RULES: RulesByDevice = {(0, 0): DEFAULT, (9, 0): DEFAULT}
+RULES: RulesByDevice = {(0, 0): DEFAULT}
 # For short dtypes whose rows are moved element by element or masked, and for heads narrower than
 # 64, where products of warpgroups are not right (README.md): two warps form no warpgroup.
 UNEVEN = Rule(length=32, segment=2**30, warps=2, state_bytes=4096)
