@@ -22,6 +22,7 @@ model = dict(
         layer_scale_init=1.0,  # from 1e-5 the layers come in late in a run this short
         retention='2d',
         direction='bidirectional',
+        head_norm=True,
     ),
     neck=dict(
         _delete_=True,

@@ -3,7 +3,7 @@
 Reproduces: nothing published. The authors of ViR have published neither code nor weights for
     detection; the recipe is ours: that of Swin Transformer with the layer-wise decay of learning
     rates that Vision-RWKV has for plain backbones of 12 layers.
-    Retention goes in both directions, over rows and columns.
+    Retention goes in both directions, over rows and columns, with a norm of each head behind it.
     Mixed precision: --amp --cfg-options optim_wrapper.dtype=bfloat16.
 Hardware: 8 GPUs x 2 pictures; with fewer GPUs keep 16 pictures in all, or scale the learning rate
     with --auto-scale-lr.
@@ -13,8 +13,8 @@ Command: bash tools/dist_train.sh configs/vir/mask-rcnn_vir-small_sfp_8xb2-1x_co
     --cfg-options model.backbone.init_cfg.type=Pretrained
     model.backbone.init_cfg.checkpoint=CHECKPOINT model.backbone.init_cfg.prefix=backbone.
     where CHECKPOINT is a classifier trained with vir-small_8xb128-310e_in1k.py and
-    --cfg-options model.backbone.direction=bidirectional: weights of the causal form load as well,
-    but they have learnt to see only what is to the left and above.
+    --cfg-options model.backbone.direction=bidirectional model.backbone.head_norm=True: weights of
+    the causal form load as well, but they have learnt to see only what is to the left and above.
     Without these options training starts from random weights.
 """
 
@@ -27,6 +27,7 @@ model = dict(
         arch='small',
         retention='2d',
         direction='bidirectional',
+        head_norm=True,
         img_size=224,
         drop_path_rate=0.2,
     ),

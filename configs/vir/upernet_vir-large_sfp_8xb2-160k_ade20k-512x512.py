@@ -4,7 +4,7 @@ Reproduces: nothing published. The authors of ViR have published neither code no
     segmentation; the recipe is ours: schedule of Swin Transformer; learning rate, weight decay
     and layer-wise decay of learning rates after Vim, which trains 32 crops with 1e-4 and has 24
     layers as well.
-    Retention goes in both directions, over rows and columns.
+    Retention goes in both directions, over rows and columns, with a norm of each head behind it.
     Mixed precision: --amp --cfg-options optim_wrapper.dtype=bfloat16.
 Hardware: 8 GPUs x 2 crops; with fewer GPUs keep 16 crops in all, or scale the learning rate with
     --auto-scale-lr.
@@ -14,8 +14,8 @@ Command: bash tools/dist_train.sh configs/vir/upernet_vir-large_sfp_8xb2-160k_ad
     --cfg-options model.backbone.init_cfg.type=Pretrained
     model.backbone.init_cfg.checkpoint=CHECKPOINT model.backbone.init_cfg.prefix=backbone.
     where CHECKPOINT is a classifier trained with vir-large_16xb64-310e_in1k.py and
-    --cfg-options model.backbone.direction=bidirectional: weights of the causal form load as well,
-    but they have learnt to see only what is to the left and above.
+    --cfg-options model.backbone.direction=bidirectional model.backbone.head_norm=True: weights of
+    the causal form load as well, but they have learnt to see only what is to the left and above.
     Without these options training starts from random weights.
 """
 

@@ -4,7 +4,8 @@ Reproduces: ViR, ViR-S/16 (22.1 M parameters, 4.5 GMACs counted here, 224 px) wi
     recipe as far as it is known, see _base_/in1k_310e.py. They have published no weights; the
     paper's accuracies are not quoted, as we could not check them.
     Decay along the sequence, as in their published code: --cfg-options model.backbone.retention=1d.
-    For dense prediction train with model.backbone.direction=bidirectional.
+    For dense prediction train with model.backbone.direction=bidirectional and
+    model.backbone.head_norm=True.
 Hardware: 8 GPUs x 128 pictures; with fewer GPUs keep 1,024 pictures in all, or scale the learning
     rate with --auto-scale-lr. Mixed precision: --amp --cfg-options optim_wrapper.dtype=bfloat16.
 Duration: not measured here.

@@ -87,11 +87,16 @@ def test_decays_are_those_of_the_paper():
 
 
 @forms
+@pytest.mark.parametrize('head_norm', [False, True], ids=['no norm', 'norm'])
 @torch.no_grad()
-def test_token_mixer_equals_its_definition(decay, direction):
+def test_token_mixer_equals_its_definition(head_norm, decay, direction):
     rows, cols, channels, heads = 3, 4, 8, 2
     tokens = rows * cols + 1
-    mixer = randomised(Retention(channels, heads, decay=decay, direction=direction, backend='auto'))
+    mixer = randomised(
+        Retention(
+            channels, heads, decay=decay, direction=direction, head_norm=head_norm, backend='auto'
+        )
+    )
     x = torch.randn(1, tokens, channels)
     places = [(i // cols, i % cols) for i in range(rows * cols)] + [(rows, cols - 1)]
     if decay == '1d':
@@ -107,13 +112,16 @@ def test_token_mixer_equals_its_definition(decay, direction):
             out[t] += (weight * (q[t] * k[s]).sum(-1) / math.sqrt(channels // heads))[:, None] * v[
                 s
             ]
+    if head_norm:
+        mean_square = out.square().mean(-1, keepdim=True)
+        out = out / (mean_square + 1e-6).sqrt() * mixer.head_norm.weight
     expected = mixer.out_proj(out.flatten(1))
     torch.testing.assert_close(mixer(x, (rows, cols))[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_block_scales_its_branches():
-    mixer = Retention(8, 2, decay='2d', direction='causal', backend='auto')
+    mixer = Retention(8, 2, decay='2d', direction='causal', head_norm=False, backend='auto')
     parts = {
         'norm1': nn.LayerNorm(8),
         'retention': mixer,

@@ -53,6 +53,7 @@ class ViR(TokenBackbone):
         retention: Decay '1d' along the sequence, or '2d' over rows and columns.
         direction: 'causal': a token sees those before it ('2d': to the left and above), or
             'bidirectional'.
+        head_norm: Normalise each head behind the operator, as RetNet does; the authors do not.
         img_size: Picture size, in pixels, that the position embedding is learnt for; others are
             resampled.
         patch_size: Side of a patch in pixels.
@@ -92,6 +93,7 @@ class ViR(TokenBackbone):
         *,
         retention: str = '1d',
         direction: str = 'causal',
+        head_norm: bool = False,
         img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         in_channels: int = 3,
@@ -116,6 +118,7 @@ class ViR(TokenBackbone):
                     settings['num_heads'],
                     decay=retention,
                     direction=direction,
+                    head_norm=head_norm,
                     backend=backend,
                 ),
                 ls1=LayerScale(embed_dims, layer_scale_init),

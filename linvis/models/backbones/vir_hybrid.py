@@ -41,6 +41,7 @@ class HybridViR(HierarchicalBackbone):
             all stages) and 'num_heads' (of those after the first two).
         retention: Decay '1d' along the sequence, or '2d' over rows and columns.
         direction: 'bidirectional' or 'causal'.
+        head_norm: Normalise each head behind the operator, as RetNet does.
         in_channels: Channels of the pictures.
         out_indices: Index or indices of the stages to return; negative ones count from the end.
         out_type: 'featmap' (B, C, Hp, Wp), 'raw' (B, T, C) or 'avg_featmap' (B, C).
@@ -72,6 +73,7 @@ class HybridViR(HierarchicalBackbone):
         *,
         retention: str = '2d',
         direction: str = 'bidirectional',
+        head_norm: bool = True,
         in_channels: int = 3,
         out_indices: int | Sequence[int] = -1,
         out_type: str = 'featmap',
@@ -103,7 +105,12 @@ class HybridViR(HierarchicalBackbone):
                     next(drops),
                     norm1=LayerNorm(channels, EPS, cast_output=True),
                     retention=Retention(
-                        channels, heads, decay=retention, direction=direction, backend=backend
+                        channels,
+                        heads,
+                        decay=retention,
+                        direction=direction,
+                        head_norm=head_norm,
+                        backend=backend,
                     ),
                     norm2=LayerNorm(channels, EPS, cast_output=True),
                     mlp=mlp(channels),

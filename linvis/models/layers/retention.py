@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from linvis.models.layers.norm import RMSNorm
 from linvis_ops import retention, retention_with_state
 
 DECAYS = ('1d', '2d')
@@ -38,15 +39,17 @@ class Retention(nn.Module):
     """Token mixer of ViR: retention of every head with a fixed decay of its own.
 
         q, k, v = W_q x, W_k x, W_v x (with biases)
-        out = W_o retention(q, k, v, log_gamma)
+        out = W_o norm(retention(q, k, v, log_gamma))
 
-    There is no softmax, no gate and no norm behind it.
+    There is no softmax and no gate. The norm is nothing, as in ViR, or that of RetNet: an RMSNorm
+    over the channels of a head, of which all heads share the weight.
 
     Args:
         embed_dims: Channels C.
         num_heads: Heads H of C / H channels.
         decay: '1d' along the sequence, or '2d' over rows and columns.
         direction: 'causal' or 'bidirectional'.
+        head_norm: Normalise each head behind the operator.
         backend: Backend of the operator.
 
     Raises:
@@ -54,13 +57,21 @@ class Retention(nn.Module):
             direction.
 
     Source:
-        ViR: Towards Efficient Vision Retention Backbones, arXiv:2310.19731.
+        ViR: Towards Efficient Vision Retention Backbones, arXiv:2310.19731. The norm: Retentive
+        Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621.
     """
 
     log_gamma: Tensor
 
     def __init__(
-        self, embed_dims: int, num_heads: int, *, decay: str, direction: str, backend: str
+        self,
+        embed_dims: int,
+        num_heads: int,
+        *,
+        decay: str,
+        direction: str,
+        head_norm: bool,
+        backend: str,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dims % num_heads:
@@ -79,6 +90,9 @@ class Retention(nn.Module):
         self.direction = direction
         self.backend = backend
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.head_norm = (
+            RMSNorm(embed_dims // num_heads, cast_output=True) if head_norm else nn.Identity()
+        )
         self.out_proj = nn.Linear(embed_dims, embed_dims)
         self.register_buffer('log_gamma', log_decays(num_heads), persistent=False)
 
@@ -111,4 +125,4 @@ class Retention(nn.Module):
             o, state.value = retention_with_state(
                 q, k, v, self.log_gamma, grid, state.value, self.direction
             )
-        return self.out_proj(o.flatten(2))
+        return self.out_proj(self.head_norm(o).flatten(2))

@@ -1,0 +1,16 @@
+"""Sanity check: hybrid ViR-T from scratch on Imagenette, ten classes of ImageNet, at 160 px.
+
+Shows that the classification pipeline is wired right: it says nothing about ImageNet-1k.
+Data: data/imagenette/{train,val}/<wnid>/*.jpg, here a sample of 200 + 50 pictures a class.
+Hardware: one GPU. Time: not measured yet.
+Expected: at least 75 % top-1 on the validation pictures; not measured yet.
+
+    python tools/train.py configs/sanity/vir-hybrid-tiny_1xb250-3500i_imagenette-160px.py
+"""
+
+_base_ = './_base_/imagenette-160px.py'
+
+model = dict(
+    backbone=dict(type='linvis.HybridViR', arch='tiny', out_type='avg_featmap', drop_path_rate=0.1),
+    head=dict(in_channels=640),
+)
