@@ -333,20 +333,22 @@ def test_repeated_runs_are_bit_identical(backend, device):
 
 @pytest.mark.parametrize('dtype', [torch.float32, F64], ids=['f32', 'f64'])
 def test_opcheck_forward(dtype):
-    torch.library.opcheck(bi_gla_fwd, (*bi_gla_inputs(2, 18, 3, 4, 5, dtype), 0.5, 'torch'))
+    torch.library.opcheck(
+        bi_gla_fwd.definition, (*bi_gla_inputs(2, 18, 3, 4, 5, dtype), 0.5, 'torch')
+    )
 
 
 def test_opcheck_forward_strided_with_gates_in_float32_and_the_scale_left_out():
     inputs = bi_gla_inputs(2, 3, 18, 4, 5, torch.bfloat16, gate_dtype=torch.float32)
     views = [t.detach().transpose(1, 2) for t in inputs]
-    torch.library.opcheck(bi_gla_fwd, (*views, None, 'torch'))
+    torch.library.opcheck(bi_gla_fwd.definition, (*views, None, 'torch'))
 
 
 @pytest.mark.parametrize('gate_dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
 def test_opcheck_backward(gate_dtype):
     inputs = detached(bi_gla_inputs(2, 18, 3, 4, 5, torch.bfloat16, gate_dtype=gate_dtype))
     go = torch.randn(2, 3, 18, 5).bfloat16().transpose(1, 2)
-    torch.library.opcheck(bi_gla_bwd, (go, *inputs, None, 'torch'))
+    torch.library.opcheck(bi_gla_bwd.definition, (go, *inputs, None, 'torch'))
     result = bi_gla_bwd(go, *inputs, None, 'torch')
     assert [t.dtype for t in result] == [t.dtype for t in inputs]
 

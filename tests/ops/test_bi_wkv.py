@@ -333,28 +333,29 @@ def test_repeated_runs_are_bit_identical(backend, device):
 
 @pytest.mark.parametrize('dtype', [torch.float32, F64], ids=['f32', 'f64'])
 def test_opcheck_forward(dtype):
-    torch.library.opcheck(bi_wkv_fwd, (*bi_wkv_inputs(2, 18, 4, dtype), 'torch'))
+    torch.library.opcheck(bi_wkv_fwd.definition, (*bi_wkv_inputs(2, 18, 4, dtype), 'torch'))
 
 
 @pytest.mark.parametrize('backend', ON_GPU)
 def test_opcheck_on_gpu(backend):
     inputs = bi_wkv_inputs(2, 18, 4, device='cuda')
-    torch.library.opcheck(bi_wkv_fwd, (*inputs, backend))
+    torch.library.opcheck(bi_wkv_fwd.definition, (*inputs, backend))
     fixed = tuple(t.detach() for t in inputs)
-    torch.library.opcheck(bi_wkv_bwd, (torch.randn_like(fixed[3]), *fixed, backend))
+    torch.library.opcheck(bi_wkv_bwd.definition, (torch.randn_like(fixed[3]), *fixed, backend))
 
 
 def test_opcheck_forward_strided():
     w, u, k, v = bi_wkv_inputs(2, 4, 18)
     torch.library.opcheck(
-        bi_wkv_fwd, (w[:4].detach(), u[:4].detach(), k.transpose(1, 2), v.transpose(1, 2), 'torch')
+        bi_wkv_fwd.definition,
+        (w[:4].detach(), u[:4].detach(), k.transpose(1, 2), v.transpose(1, 2), 'torch'),
     )
 
 
 def test_opcheck_backward():
     inputs = tuple(t.detach() for t in bi_wkv_inputs(2, 18, 4))
     gy = torch.randn(2, 4, 18).transpose(1, 2)
-    torch.library.opcheck(bi_wkv_bwd, (gy, *inputs, 'torch'))
+    torch.library.opcheck(bi_wkv_bwd.definition, (gy, *inputs, 'torch'))
 
 
 def test_compiles_without_graph_breaks_and_without_recompiling_for_a_new_size():

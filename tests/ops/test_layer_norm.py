@@ -252,9 +252,9 @@ def test_gradient_by_the_formula(centred):
 def test_operators_are_registered_right(centred):
     x, weight, bias = inputs((2, 3, 8))
     arguments = (x, weight, bias, 1e-6, centred, torch.bfloat16, 'torch')
-    torch.library.opcheck(layer_norm_fwd, arguments)
+    torch.library.opcheck(layer_norm_fwd.definition, arguments)
     given = (torch.randn(2, 3, 8), x.detach(), weight.detach(), 1e-6, centred, 'torch')
-    torch.library.opcheck(layer_norm_bwd, given)
+    torch.library.opcheck(layer_norm_bwd.definition, given)
 
 
 def test_compiles_without_recompiling_for_a_new_size():

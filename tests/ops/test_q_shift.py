@@ -164,7 +164,7 @@ def test_gradcheck_and_second_derivative():
 )
 def test_opcheck(backend, device, adjoint):
     x = torch.randn(2, 8, 12, device=device).transpose(1, 2).requires_grad_()
-    torch.library.opcheck(q_shift_op, (x, 3, 4, 2, adjoint, backend))
+    torch.library.opcheck(q_shift_op.definition, (x, 3, 4, 2, adjoint, backend))
 
 
 def test_compiles_without_graph_breaks_and_without_recompiling_for_a_new_size():

@@ -287,10 +287,14 @@ def test_opcheck(backend, device, norm):
     grads = [torch.randn_like(x), torch.randn_like(x)]
     *_, stats = q_shift_mix_fwd(x, mus, weight, bias, 1e-5, 3, 4, 3, None, backend)
     stats = stats if norm else None
-    torch.library.opcheck(q_shift_mix_bwd, (grads, x, mus, weight, bias, stats, 3, 4, 3, backend))
+    torch.library.opcheck(
+        q_shift_mix_bwd.definition, (grads, x, mus, weight, bias, stats, 3, 4, 3, backend)
+    )
     for tensor in (x, *mus, *([weight, bias] if norm else [])):
         tensor.requires_grad_()
-    torch.library.opcheck(q_shift_mix_fwd, (x, mus, weight, bias, 1e-5, 3, 4, 3, None, backend))
+    torch.library.opcheck(
+        q_shift_mix_fwd.definition, (x, mus, weight, bias, 1e-5, 3, 4, 3, None, backend)
+    )
 
 
 @NORMS

@@ -33,7 +33,7 @@ def detached(inputs):
 @pytest.mark.parametrize('bidirectional', [False, True])
 def test_opcheck_forward(dtype, columns, bidirectional):
     inputs = retention_inputs(2, 19, 3, 4, 5, dtype)
-    torch.library.opcheck(retention_fwd, (*inputs, columns, bidirectional, 0.5, 'torch'))
+    torch.library.opcheck(retention_fwd.definition, (*inputs, columns, bidirectional, 0.5, 'torch'))
 
 
 @pytest.mark.parametrize('columns', [1, 6])
@@ -42,9 +42,9 @@ def test_opcheck_strided_with_the_scale_left_out(columns, bidirectional):
     *tokens, log_gamma = detached(retention_inputs(2, 3, 19, 4, 5, torch.bfloat16))
     views = [t.transpose(1, 2) for t in tokens]
     rest = (log_gamma[:3], columns, bidirectional, None, 'torch')
-    torch.library.opcheck(retention_fwd, (*views, *rest))
+    torch.library.opcheck(retention_fwd.definition, (*views, *rest))
     go = torch.randn(2, 3, 19, 5).bfloat16().transpose(1, 2)
-    torch.library.opcheck(retention_bwd, (go, *views, *rest))
+    torch.library.opcheck(retention_bwd.definition, (go, *views, *rest))
     assert [t.dtype for t in retention_bwd(go, *views, *rest)] == [torch.bfloat16] * 3
 
 

@@ -82,7 +82,7 @@ def _backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
     return *bi_gla_bwd(go, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
 
 
-torch.library.register_autograd('linvis::bi_gla_fwd', _backward, setup_context=_setup_context)
+bi_gla_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.linvis.bi_gla_fwd)

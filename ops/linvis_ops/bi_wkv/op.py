@@ -57,7 +57,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     return *bi_wkv_bwd(gy, *ctx.saved_tensors, ctx.backend), None
 
 
-torch.library.register_autograd('linvis::bi_wkv_fwd', _backward, setup_context=_setup_context)
+bi_wkv_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.linvis.bi_wkv_fwd)

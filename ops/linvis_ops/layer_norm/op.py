@@ -80,7 +80,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     return dx, dweight.to(weight.dtype), by_bias, *[None] * 4
 
 
-torch.library.register_autograd('linvis::layer_norm_fwd', _backward, setup_context=_setup_context)
+layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula([torch.ops.linvis.layer_norm_fwd, torch.ops.linvis.layer_norm_bwd])

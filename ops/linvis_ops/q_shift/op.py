@@ -41,7 +41,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     return q_shift(gy, *ctx.geometry, not ctx.adjoint, ctx.backend), None, None, None, None, None
 
 
-torch.library.register_autograd('linvis::q_shift', _backward, setup_context=_setup_context)
+q_shift.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.linvis.q_shift)

@@ -106,7 +106,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return dx, dmus, dweight, dbias, *[None] * 6
 
 
-torch.library.register_autograd('linvis::q_shift_mix_fwd', _backward, setup_context=_setup_context)
+q_shift_mix_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula([torch.ops.linvis.q_shift_mix_fwd, torch.ops.linvis.q_shift_mix_bwd])

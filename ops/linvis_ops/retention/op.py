@@ -87,7 +87,7 @@ def _backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
     return *retention_bwd(go, *ctx.saved_tensors, *rest), None, None, None, None, None
 
 
-torch.library.register_autograd('linvis::retention_fwd', _backward, setup_context=_setup_context)
+retention_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.linvis.retention_fwd)

@@ -1,0 +1,176 @@
+"""Calls of operators: the short way of eager code and the way through PyTorch's dispatcher."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import linvis_ops
+from linvis_ops import _library
+from linvis_ops._library import Operator, without_autocast
+
+
+@pytest.fixture(scope='module')
+def scaled_sums():
+    """An operator with a list of tensors among its arguments, and a list of outputs."""
+
+    def function(x: Tensor, ys: list[Tensor], factor: float) -> list[Tensor]:
+        return [x * y * factor for y in ys]
+
+    operator = Operator('test_scaled_sums', function)
+
+    @operator.register_fake
+    def _(x, ys, factor):
+        return [x.new_empty(x.shape) for _ in ys]
+
+    def setup_context(ctx, inputs, output):
+        x, ys, ctx.factor = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *ys)
+
+    def backward(ctx, grads):
+        x, *ys = ctx.saved_tensors
+        grads = [torch.zeros_like(x) if g is None else g for g in grads]
+        by_x = sum(g * y * ctx.factor for g, y in zip(grads, ys, strict=True))
+        return by_x, [g * x * ctx.factor for g in grads], None
+
+    operator.register_autograd(backward, setup_context=setup_context)
+    return operator
+
+
+@pytest.fixture
+def through_dispatcher(monkeypatch):
+    """How often an operator was called through the dispatcher."""
+    calls = []
+
+    def count(operator):
+        definition = operator.definition
+
+        class Counting:
+            def __call__(self, *args):
+                calls.append(args)
+                return definition(*args)
+
+            def __getattr__(self, name):
+                return getattr(definition, name)
+
+        monkeypatch.setattr(operator, 'definition', Counting())
+        return calls
+
+    return count
+
+
+def leaves(*sizes):
+    return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_both_ways_give_the_same(scaled_sums, through_dispatcher, count):
+    x, *ys = leaves(*[3] * (count + 1))
+    calls = through_dispatcher(scaled_sums)
+
+    def results(call):
+        outputs = call(x, ys, 2.0)
+        assert isinstance(outputs, list)
+        return *outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), [x, *ys])
+
+    short = results(scaled_sums)
+    assert not calls
+    for actual, expected in zip(short, results(scaled_sums.definition), strict=True):
+        assert torch.equal(actual, expected)
+    assert torch.autograd.gradcheck(lambda x, *ys: tuple(scaled_sums(x, list(ys), 2.0)), (x, *ys))
+
+
+def test_outputs_without_a_gradient_count_as_zero(scaled_sums):
+    x, y, z = leaves(3, 3, 3)
+    by_y, by_z = torch.autograd.grad(scaled_sums(x, [y, z], 1.0)[0].sum(), (y, z))
+    assert torch.equal(by_y, x)
+    assert not by_z.any()
+
+
+def test_no_gradient_is_kept_where_none_is_wanted(scaled_sums, through_dispatcher):
+    calls = through_dispatcher(scaled_sums)
+    x, y = leaves(3, 3)
+    with torch.no_grad():
+        assert not scaled_sums(x, [y], 1.0)[0].requires_grad
+    assert not scaled_sums(x.detach(), [y.detach()], 1.0)[0].requires_grad
+    assert not calls
+
+
+def test_what_looks_at_operators_sees_them(scaled_sums, through_dispatcher):
+    calls = through_dispatcher(scaled_sums)
+    x, y = leaves(3, 3)
+
+    def call(x, y):
+        return scaled_sums(x, [y], 1.0)[0]
+
+    with FlopCounterMode(display=False):
+        call(x, y)
+    assert len(calls) == 1
+    torch.jit.trace(call, (x.detach(), y.detach()), check_trace=False)
+    assert len(calls) == 2
+    # PyTorch says what it does not support
+    with pytest.raises(RuntimeError, match='functorch'):
+        torch.func.grad(lambda x: call(x, y.detach()).sum())(x.detach())
+    assert len(calls) == 3
+    assert call(x.to('meta'), y.to('meta')).is_meta
+    assert len(calls) == 4
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = call(*map(mode.from_tensor, (x, y)))
+    assert isinstance(fake, torch._subclasses.FakeTensor)
+    assert len(calls) == 5
+
+
+def test_compilers_see_the_operator(scaled_sums):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    x, y = leaves(3, 3)
+    with torch.no_grad():
+        torch.compile(lambda x, y: scaled_sums(x, [y], 1.0)[0], backend=backend, fullgraph=True)(
+            x, y
+        )
+    assert 'test_scaled_sums' in graphs[0].code
+
+
+def test_second_derivatives_are_errors():
+    x = torch.randn(1, 6, 8, requires_grad=True)
+    y = linvis_ops.bi_wkv(torch.zeros(8), torch.zeros(8), x, x, backend='torch')
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='bi_wkv_bwd'):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+def test_checkpointing_and_deep_copies_work(scaled_sums):
+    x, y = leaves(3, 3)
+    out = torch.utils.checkpoint.checkpoint(
+        lambda x, y: scaled_sums(x, [y], 3.0)[0], x, y, use_reentrant=False
+    )
+    (by_x,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(by_x, 3 * y)
+    assert copy.deepcopy(scaled_sums(x.detach(), [y.detach()], 1.0))
+
+
+def test_lists_are_put_back():
+    args = (1, [2, 3], 'a', [], (4,))
+    flat, lengths = _library._flatten(args)
+    assert flat == [1, 2, 3, 'a', 4]
+    assert _library._unflatten(flat, lengths) == (1, [2, 3], 'a', [], [4])
+
+
+def test_autocast_is_off_inside_and_on_again_behind():
+    x = torch.ones(2, 2)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        with without_autocast(x):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+        with pytest.raises(ZeroDivisionError), without_autocast(x):
+            1 / 0  # noqa: B018
+        assert torch.is_autocast_enabled('cpu')
+    with without_autocast(x):
+        assert not torch.is_autocast_enabled('cpu')
