@@ -122,7 +122,16 @@ def test_argument_in_the_config_that_its_class_does_not_have_is_named(run_train,
     text = Path('config.py').read_text()
     Path('wrong.py').write_text(text.replace("type='ToyModel'", "type='ToyModel', widht=4"))
     assert run_train(config='wrong.py') == 1
-    assert "unexpected keyword argument 'widht': check the config." in sentence()
+    # Python 3.13 words the hint itself
+    text = sentence().replace(". Did you mean 'width'?", ' (did you mean width?)')
+    assert "unexpected keyword argument 'widht' (did you mean width?): check the config." in text
+
+
+def test_argument_that_is_missing_is_named(run_train, sentence):
+    text = Path('config.py').read_text()
+    Path('wrong.py').write_text(text.replace('milestones=[1, 2], ', ''))
+    assert run_train(config='wrong.py') == 1
+    assert "missing 1 required positional argument: 'milestones': check the config." in sentence()
 
 
 def test_good_options_are_merged(toy_folder):
