@@ -116,5 +116,9 @@ def _near_argument(error: BaseException, text: str) -> str:
     called = frame.tb_frame.f_locals.get('obj_cls') if frame is not None else None
     if unknown is None or called is None:
         return ''
-    near = difflib.get_close_matches(unknown[1], inspect.signature(called).parameters, n=1)
+    try:
+        names = list(inspect.signature(called).parameters)
+    except (TypeError, ValueError):  # not of Python
+        return ''
+    near = difflib.get_close_matches(unknown[1], names, n=1)
     return f' (did you mean {near[0]}?)' if near else ''
