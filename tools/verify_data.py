@@ -12,7 +12,10 @@ import os
 import sys
 from itertools import islice
 
-from linvis.datasets.verify import verify_dataset
+try:
+    from linvis.datasets.verify import verify_dataset
+except ModuleNotFoundError as error:
+    sys.exit(f'{error} in {sys.executable}: activate the environment, as the README says.')
 
 MAX_LINES = 20
 

@@ -11,6 +11,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import OPTIMIZERS
 from mmengine.runner import Runner
 
+from linvis.engine import config_keys
 from linvis.engine.errors import LaunchError
 
 _TASK_PACKAGES = {
@@ -43,7 +44,8 @@ def load_config(path: str, options: Sequence[str] = ()) -> Config:
 
     Raises:
         LaunchError: If the file or one of its bases is missing or cannot be read, if an option
-            is malformed, or if the library of its default_scope is not installed.
+            is malformed or has a key that nobody reads, or if the library of its default_scope
+            is not installed.
     """
     file = Path(path)
     if not file.is_file():
@@ -60,7 +62,7 @@ def load_config(path: str, options: Sequence[str] = ()) -> Config:
         raise LaunchError(
             f'Config {path} cannot be read: {type(error).__name__}: {reason}'
         ) from error
-    _merge_options(cfg, options)
+    there = _merge_options(cfg, options)
     if 'model' not in cfg:
         raise LaunchError(f'Config {path} has no `model`: is it a part meant for _base_?')
     scope = cfg.get('default_scope')
@@ -69,6 +71,10 @@ def load_config(path: str, options: Sequence[str] = ()) -> Config:
             f'Config {path} needs {scope}, which is not installed: '
             f'pip install --no-deps {_TASK_PACKAGES[scope]}'
         )
+    for option, count in there.items():
+        unknown = config_keys.unknown_part(cfg, option.partition('=')[0], count)
+        if unknown is not None:
+            raise LaunchError(f'--cfg-options {option}: {unknown}.')
     return cfg
 
 
@@ -151,8 +157,10 @@ def require_matching_checkpoint(cfg: Config, path: str, purpose: str) -> None:
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
 
-def _merge_options(cfg: Config, options: Sequence[str]) -> None:
+def _merge_options(cfg: Config, options: Sequence[str]) -> dict[str, int]:
+    """Merges options and says how many parts of the key of each the config had before."""
     known = {*cfg, *inspect.signature(Runner).parameters, *_RUNNER_EXTRAS}
+    there = {}
     for option in options:
         key, equals, _ = option.partition('=')
         if not equals or not key.strip('.'):
@@ -164,11 +172,18 @@ def _merge_options(cfg: Config, options: Sequence[str]) -> None:
             near = difflib.get_close_matches(top, sorted(known), n=1)
             hint = f' (did you mean {near[0]}?)' if near else ''
             raise LaunchError(f'--cfg-options {option}: the config has no {top}{hint}.')
-        try:
-            cfg.merge_from_dict(_parse_option(option))
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = ' '.join(str(error.args[0] if error.args else error).split())
-            raise LaunchError(f'--cfg-options {option} cannot be merged: {reason}') from error
+        there[option] = config_keys.parts_there(cfg, key)
+    for option in options:
+        _merge_option(cfg, option)
+    return there
+
+
+def _merge_option(cfg: Config, option: str) -> None:
+    try:
+        cfg.merge_from_dict(_parse_option(option))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = ' '.join(str(error.args[0] if error.args else error).split())
+        raise LaunchError(f'--cfg-options {option} cannot be merged: {reason}') from error
 
 
 def _check_optimizer(cfg: Config) -> None:

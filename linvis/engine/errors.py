@@ -1,7 +1,10 @@
 """Which exceptions are a user's mistake, and the one sentence that says so."""
 
+import difflib
 import dis
 import importlib.util
+import inspect
+import re
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +13,8 @@ import torch
 
 _RAISE = dis.opmap['RAISE_VARARGS']
 _WORKER_MARK = 'in DataLoader worker process'
+_NO_HOST_MEMORY = "can't allocate memory"
+_WRONG_ARGUMENT = re.compile(r'unexpected keyword argument|__init__\(\) missing \d+ required')
 
 
 class LaunchError(ValueError):
@@ -21,7 +26,8 @@ def user_sentence(error: BaseException) -> str | None:
 
     A mistake of the user is: an exception that linvis or linvis_ops raises on purpose (a `raise`
     statement), also in a process of the data loader, a name that is in no registry, an argument
-    that a class does not have, a class beyond those of the head, and a GPU without memory left.
+    that a class does not have or that is missing, a class beyond those of the head, and no memory
+    left on the GPU or the machine.
 
     Args:
         error: The exception with its traceback.
@@ -32,15 +38,24 @@ def user_sentence(error: BaseException) -> str | None:
     text = _message(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
-            'The GPU has no memory left: lower train_dataloader.batch_size, or set '
-            f'model.backbone.with_cp=True ({text.split(". ")[1] if ". " in text else text}).'
+            'The GPU has no memory left: lower train_dataloader.batch_size (in a test that of '
+            'test_dataloader), or train with model.backbone.with_cp=True '
+            f'({text.split(". ")[1] if ". " in text else text}).'
+        )
+    if isinstance(error, RuntimeError) and _NO_HOST_MEMORY in text:
+        return (
+            'The machine has no memory left: lower train_dataloader.batch_size (in a test that of '
+            'test_dataloader) or the size of the model '
+            f'({text.partition(_NO_HOST_MEMORY)[2].split(". ")[0].lstrip(": ")}).'
         )
     if isinstance(error, KeyError) and 'is not in the' in text and 'registry' in text:
         name = text.split(' is not in the', 1)[0]
         registry = text.split(' is not in the ', 1)[1].split(' registry', 1)[0]
         return f'{name} is not a known {registry.rpartition("::")[2]}: check `type` in the config.'
-    if isinstance(error, TypeError) and 'unexpected keyword argument' in text:
-        return f'{text}: check the config.' if _raised_while_building(error) else None
+    if isinstance(error, TypeError) and _WRONG_ARGUMENT.search(text):
+        if not _raised_while_building(error):
+            return None
+        return f'{text}{_near_argument(error, text)}: check the config.'
     if text.startswith(('Class Index must be less than', 'Class values must be smaller than')):
         return (
             'A label is not below model.head.num_classes: set that to the number of classes, which '
@@ -92,3 +107,18 @@ def _raised_while_building(error: BaseException) -> bool:
         return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(spec.origin).parent)
+
+
+def _near_argument(error: BaseException, text: str) -> str:
+    """The argument that an unknown one may stand for, of the class that mmengine called."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'$", text)  # without Python's own hint
+    frame = _last_frame(error)
+    called = frame.tb_frame.f_locals.get('obj_cls') if frame is not None else None
+    if unknown is None or called is None:
+        return ''
+    try:
+        names = list(inspect.signature(called).parameters)
+    except (TypeError, ValueError):  # not of Python
+        return ''
+    near = difflib.get_close_matches(unknown[1], names, n=1)
+    return f' (did you mean {near[0]}?)' if near else ''

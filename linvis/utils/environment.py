@@ -37,6 +37,8 @@ _PACKAGES: Mapping[str, tuple[Sequence[str], str]] = {
     'tensorboard': (('tensorboard',), ''),
     'matplotlib': (('matplotlib',), ''),
 }
+# Operators that run as their definition in plain PyTorch, without a choice of backends.
+_WITHOUT_CHOICE = ('ms_deform_attn',)
 _COCO_EVALUATORS = ('faster-coco-eval', 'pycocotools')
 # Folder -> what must be in it.
 _DATA_FOLDERS = {
@@ -125,6 +127,8 @@ def package_version(name: str) -> str:
 def operator_backends() -> dict[str, str]:
     """Returns, for each operator, the backend that runs here and why others do not.
 
+    Of an operator that has only its definition in PyTorch it is 'reference (the only one)'.
+
     Raises:
         BackendUnavailableError: If LINVIS_OPS_BACKEND names a backend that no operator has, or
             that cannot run here.
@@ -143,7 +147,9 @@ def operator_backends() -> dict[str, str]:
         if wanted not in ('auto', *reasons):
             others.append(f'it has no backend {wanted}')
         described[name] = f'{chosen} ({"; ".join(others)})' if others else chosen
-    return described
+    for name in _WITHOUT_CHOICE:
+        described.setdefault(name, 'reference (the only one)')
+    return dict(sorted(described.items()))
 
 
 def _operators_or_error() -> dict[str, str]:

@@ -100,6 +100,12 @@ def test_full_gpu_memory_comes_with_a_remedy():
     assert 'Tried to allocate 2.00 GiB' in sentence
 
 
+def test_full_memory_of_the_machine_comes_with_a_remedy():
+    sentence = user_sentence(caught(torch.empty, 2**55))
+    assert 'lower train_dataloader.batch_size' in sentence
+    assert sentence.endswith(f'(you tried to allocate {4 * 2**55} bytes).')
+
+
 class Unreadable(torch.utils.data.Dataset):
     def __init__(self, ours: bool) -> None:
         self.ours = ours
@@ -127,3 +133,15 @@ def read_all(dataset: Unreadable) -> None:
 )
 def test_error_in_a_loader_process(ours, expected):
     assert user_sentence(caught(read_all, Unreadable(ours))) == expected
+
+
+def test_model_that_mmengine_calls_with_too_little_keeps_its_traceback(run_train, toy_folder):
+    import toy
+
+    class DemandingModel(toy.ToyModel):
+        def forward(self, more, **_):
+            return more
+
+    toy.MODELS.register_module(module=DemandingModel, force=True)
+    with pytest.raises(TypeError, match='missing 1 required positional argument'):
+        run_train('--cfg-options', 'model.type=DemandingModel')

@@ -108,14 +108,30 @@ def test_missing_library_comes_with_the_command(run_train, sentence, monkeypatch
         ('param_scheduler.7.gamma=1', 'cannot be merged'),
         ('train_cfg.max_epochs=[1,(2]', 'cannot be merged'),
         ('model.type=ToyMdoel', 'ToyMdoel is not a known model'),
-        ('model.widht=4', "unexpected keyword argument 'widht'"),
-        ('train_dataloader.batchsize=4', "unexpected keyword argument 'batchsize'"),
+        ('model.widht=4', 'model (ToyModel) has no widht (did you mean width?)'),
+        ('train_dataloader.batchsize=4', 'has no batchsize (did you mean batch_size?)'),
         ('optim_wrapper.optimizer.type=AdamV', 'there is no optimizer AdamV (did you mean Adam'),
     ],
 )
 def test_bad_option_is_explained(run_train, sentence, option, expected):
     assert run_train('--cfg-options', option) == 1
     assert expected in sentence()
+
+
+def test_argument_in_the_config_that_its_class_does_not_have_is_named(run_train, sentence):
+    text = Path('config.py').read_text()
+    Path('wrong.py').write_text(text.replace("type='ToyModel'", "type='ToyModel', widht=4"))
+    assert run_train(config='wrong.py') == 1
+    # Python 3.13 words the hint itself
+    text = sentence().replace(". Did you mean 'width'?", ' (did you mean width?)')
+    assert "unexpected keyword argument 'widht' (did you mean width?): check the config." in text
+
+
+def test_argument_that_is_missing_is_named(run_train, sentence):
+    text = Path('config.py').read_text()
+    Path('wrong.py').write_text(text.replace('milestones=[1, 2], ', ''))
+    assert run_train(config='wrong.py') == 1
+    assert "missing 1 required positional argument: 'milestones': check the config." in sentence()
 
 
 def test_good_options_are_merged(toy_folder):

@@ -42,6 +42,9 @@ class ToyModel(BaseModel):
 
 @METRICS.register_module(force=True)
 class ToyMetric(BaseMetric):
+    def __init__(self, ann_file=None):
+        super().__init__()
+
     def process(self, data_batch, data_samples) -> None:
         self.results += [float(sample['prediction']) for sample in data_samples]
 

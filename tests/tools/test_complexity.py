@@ -4,6 +4,7 @@ import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from linvis import cli
 from linvis.models import VRWKV, ViG, ViGHierarchical, ViR
 from tools.analysis.complexity import main, measure
 
@@ -144,7 +145,48 @@ def test_model_of_a_config(tmp_path, monkeypatch, capsys):
     assert 'head' in output
 
 
-def test_missing_config_is_named(monkeypatch, capsys):
-    monkeypatch.setattr('sys.argv', ['complexity.py', 'none.py'])
+@pytest.mark.parametrize(
+    ('config', 'expected'),
+    [
+        ('vrwkv-tny.py', 'vrwkv-tny.py does not exist. Did you mean configs/vrwkv-tiny.py?'),
+        ('configs', 'configs is a folder, not a file.'),
+        ('readme.md', 'readme.md has the ending .md: expected .py, .yaml or .json.'),
+        ('syntax.py', 'syntax.py cannot be read: SyntaxError: '),
+        ('part.py', 'part.py has no `model`: is it a part meant for _base_?'),
+        ('type.py', 'ImageClasifier is not a known model: check `type` in the config.'),
+    ],
+)
+def test_config_that_cannot_be_used_is_explained_as_by_train(
+    tmp_path, monkeypatch, capsys, config, expected
+):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        'configs/vrwkv-tiny.py': CONFIG,
+        'readme.md': '',
+        'syntax.py': 'model = dict(',
+        'part.py': 'x = 1',
+        'type.py': CONFIG.replace('ImageClassifier', 'ImageClasifier'),
+    }
+    (tmp_path / 'configs').mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr('sys.argv', ['complexity.py', config])
     assert main() == 1
-    assert 'none.py' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith('complexity.py: ')
+    assert expected in err
+    assert err.count('\n') == 1
+    if config == 'type.py':
+        return
+    assert cli.main_train([config]) == 1
+    assert capsys.readouterr().err.partition(': ')[2] == err.partition(': ')[2]
+
+
+def test_bug_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise ValueError('a bug')
+
+    monkeypatch.setattr('tools.analysis.complexity.measure', broken)
+    monkeypatch.setattr('sys.argv', ['complexity.py', '--arch', 'tiny'])
+    with pytest.raises(ValueError, match='a bug'):
+        main()

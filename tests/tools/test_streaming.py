@@ -1,5 +1,7 @@
 import gc
+import io
 import json
+import re
 import weakref
 
 import pytest
@@ -134,8 +136,14 @@ def test_rows_of_every_form_dtype_and_height(archs, monkeypatch, capsys, tmp_pat
             low, high = (0, 1e-5) if row['dtype'] == 'float32' else (1e-4, 0.2)
             assert low <= row['difference'] < high
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(rows)
-    assert lines[1].split()[:5] == ['stream', 'float32', '48', 'x', '64']
+    assert len(lines) == 2 + len(rows)
+    place, retention = lines[0].split('. ')
+    assert place == f'Runs on the CPU, {torch.get_num_threads()} thread(s)'
+    assert retention.startswith(
+        'Retention: stream by torch, recurrent by torch, chunkwise by torch'
+    )
+    assert retention.endswith(', parallel by reference.')
+    assert lines[2].split()[:5] == ['stream', 'float32', '48', 'x', '64']
 
 
 def test_form_that_fails_is_not_tried_at_greater_heights(archs, monkeypatch, capsys):
@@ -152,8 +160,8 @@ def test_form_that_fails_is_not_tried_at_greater_heights(archs, monkeypatch, cap
     assert run(monkeypatch, *SMALL, *heights, *forms) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert len(lines) == 1 + 2 + 3
-    assert lines[2].split()[5:] == ['OutOfMemoryError:', 'no', 'memory']
+    assert len(lines) == 2 + 2 + 3
+    assert lines[3].split()[5:] == ['OutOfMemoryError:', 'no', 'memory']
     assert printed.err == 'Not compared from a height of 96 on: no memory\n'
     assert run(monkeypatch, *SMALL, *heights, '--form', 'recurrent') == 1
 
@@ -171,12 +179,78 @@ def test_growth_of_peak_memory():
     assert streaming.growth(rows, 'chunkwise', 'bfloat16') is None
 
 
-@pytest.mark.parametrize('option', ['--width', '--height', '--band'])
-def test_sizes_below_one_are_refused(monkeypatch, capsys, option):
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (['--width', '0'], "argument --width: expected a whole number of at least 1, got '0'"),
+        (['--band', '-1'], "argument --band: expected a whole number of at least 1, got '-1'"),
+        (['--height', '64', 'tall'], "--height: expected a whole number of at least 1, got 'tall'"),
+        (['--form', 'strem'], "argument --form: invalid choice: 'strem' (choose from "),
+        (['--dtype', 'bf16'], "argument --dtype: invalid choice: 'bf16' (choose from "),
+        (['--device', 'gpu'], '--device takes auto, cpu, cuda or cuda:N, got gpu'),
+        (['--out', 'nowhere/a.json'], '--out: there is no folder nowhere'),
+    ],
+)
+def test_wrong_command_line_is_told_in_one_line(monkeypatch, capsys, arguments, expected):
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, option, '0')
+        run(monkeypatch, *arguments)
     assert ended.value.code == 2
-    assert '--width, --height and --band must be at least 1' in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.startswith('streaming.py: ')
+    assert message.count('\n') == 1
+
+
+def test_absent_gpu_and_backend_are_told_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, '--device', 'cuda')
+    assert 'finds no usable GPU here; use --device cpu' in capsys.readouterr().err
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'triton')
+    with pytest.raises(SystemExit):
+        run(monkeypatch, '--device', 'cpu')
+    assert 'retention: triton cannot run, since there is no CUDA device' in capsys.readouterr().err
+
+
+def test_backend_of_the_cpu_beside_a_gpu(monkeypatch):
+    reasons = {'triton': 'the inputs are on cpu', 'torch': None, 'reference': None}
+    monkeypatch.setattr(streaming, 'default_backend', lambda op: 'triton')
+    monkeypatch.setattr(streaming, 'available_backends', lambda op, *tensors: reasons)
+    assert streaming.backend_on('cpu') == 'torch (no triton: the inputs are on cpu)'
+    monkeypatch.setitem(reasons, 'triton', None)
+    assert streaming.backend_on('cpu') == 'triton'
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize('table_too', [False, True])
+def test_terminal_shows_what_is_measured_and_how_far(archs, monkeypatch, capsys, table_too):
+    for name in ('NO_COLOR', 'TERM'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('COLUMNS', '80')
+    err = Terminal()
+    monkeypatch.setattr('sys.stderr', err)
+    if table_too:
+        monkeypatch.setattr('sys.stdout', err)
+    options = ('--form', 'stream', 'parallel', '--dtype', 'float32', '--compare-height', '64')
+    heights = ('--height', '64', '128', '--parallel-height', '64')
+    assert run(monkeypatch, *SMALL, *options, *heights) == 0
+    shown = re.sub(r'\x1b\[[^a-zA-Z]*[a-zA-Z]', '', err.getvalue())
+    for what in (
+        'parallel float32 48 x 64, to compare with',
+        'stream float32 48 x 128',
+        'parallel float32 48 x 64',
+    ):
+        assert what in shown
+    assert re.search(r'0/4\b', shown)
+    assert re.search(r'4/4\b', shown)
+    table = shown if table_too else capsys.readouterr().out
+    row = re.search(r'[\r\n](stream  +float32  +48 x 128 .*)', table)[1]
+    assert len(row) > 80  # not broken
+    assert ('stream     float32 ' in shown) == table_too
 
 
 @pytest.mark.gpu

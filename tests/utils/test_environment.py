@@ -31,6 +31,19 @@ def test_missing_package_comes_with_the_command(monkeypatch: pytest.MonkeyPatch)
     assert not any('mmdet' in line for line in environment.startup_lines('cpu'))
 
 
+def test_every_public_operator_is_reported():
+    # retention_with_state runs by the backend of retention
+    public = set(linvis_ops.__all__) - set(vars(linvis_ops._dispatch)) - {'retention_with_state'}
+    described = environment.operator_backends()
+    assert list(described) == sorted(public)
+
+
+def test_operator_without_a_choice_of_backends_says_so(monkeypatch):
+    monkeypatch.setattr(linvis_ops, 'operators', lambda: ('bi_wkv',))
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'torch')
+    assert environment.operator_backends()['ms_deform_attn'] == 'reference (the only one)'
+
+
 def test_operators_say_why_a_backend_does_not_run(monkeypatch: pytest.MonkeyPatch):
     import linvis_ops
 
@@ -39,7 +52,7 @@ def test_operators_say_why_a_backend_does_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(linvis_ops, 'available_backends', lambda name: reasons)
     monkeypatch.setattr(linvis_ops, 'default_backend', lambda name: 'torch')
     described = environment.operator_backends()
-    assert described == {'bi_wkv': 'torch (no triton: there is no CUDA device)'}
+    assert described['bi_wkv'] == 'torch (no triton: there is no CUDA device)'
 
 
 def test_backend_that_is_asked_for_is_reported(monkeypatch: pytest.MonkeyPatch):

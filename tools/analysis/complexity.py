@@ -26,12 +26,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvis import compat
+from linvis.engine.config import load_config
+from linvis.engine.errors import user_sentence
 from linvis.models import VRWKV, HybridViR, ViG, ViGHierarchical, ViR
 
 BACKBONES = {
@@ -106,11 +107,15 @@ def measure(model: nn.Module, height: int, width: int) -> Complexity:
 
 
 def build(config: str | None, backbone: str, arch: str | None) -> nn.Module:
-    """The model of a config file, or the backbone of an arch, on the meta device."""
+    """The model of a config file, or the backbone of an arch, on the meta device.
+
+    Raises:
+        LaunchError: If the config is missing, cannot be read or has no model.
+    """
     settings = {'type': f'linvis.{backbone}', 'arch': arch}
     if config is not None:
         compat.install()  # before the config, which may inherit from the libraries
-        cfg = Config.fromfile(config)
+        cfg = load_config(config)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         settings = cfg.model
     with torch.device('meta'):
@@ -135,8 +140,11 @@ def main() -> int:
     args = parser.parse_args()
     try:
         complexity = measure(build(args.config, args.backbone, args.arch), *args.shape)
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
+    except Exception as error:
+        sentence = user_sentence(error)
+        if sentence is None:
+            raise
+        print(f'{parser.prog}: {sentence}', file=sys.stderr)
         return 1
     print(f'picture: 1 x 3 x {args.shape[0]} x {args.shape[1]}')
     print_table('parameters', complexity.parameters, 'M', 1e6)

@@ -16,8 +16,9 @@ weights included; on a CPU it is not measured. Weights are random and layer scal
 operator counts in the features; these have a norm behind them and are of the order of 1. A
 difference is the largest absolute one from the parallel form in float32. TF32 is off.
 
-A form that fails at one height, for want of memory, is not tried at the greater ones. Exit status:
-0, or 1 if a streamed form failed.
+A form that fails at one height, for want of memory, is not tried at the greater ones. A terminal
+shows what is being measured, drawn once a second by a thread of this process: send stderr to a file
+where that may count. Exit status: 0, 1 if a streamed form failed, 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 from torch import Tensor
 
+from linvis.engine.devices import resolve_placement
+from linvis.engine.errors import LaunchError
 from linvis.models import ViR
 from linvis.models.layers.retention import DECAYS, Retention
+from linvis_ops import BackendUnavailableError, available_backends, default_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -48,16 +54,31 @@ HEIGHTS = [1024 * 2**step for step in range(7)]
 SECONDS = 1.0  # of runs, of which a median is taken
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, without all the options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with status 2."""
+        self.exit(2, f'{self.prog}: {message}; --help lists the options.\n')
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, of a text."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text!r}')
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser = Parser(description=__doc__.split('\n')[0])
     parser.add_argument('--arch', choices=ViR.archs, default='small')
     parser.add_argument('--retention', choices=DECAYS, default='2d')
     parser.add_argument('--form', nargs='+', choices=FORMS, default=FORMS)
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32', 'bfloat16'])
-    parser.add_argument('--width', type=int, default=1024, help='of the pictures, in pixels')
-    parser.add_argument('--height', nargs='+', type=int, default=HEIGHTS, metavar='PIXELS')
-    parser.add_argument('--band', type=int, default=16, help='rows of patches in a band')
+    parser.add_argument('--width', type=positive, default=1024, help='of the pictures, in pixels')
+    parser.add_argument('--height', nargs='+', type=positive, default=HEIGHTS, metavar='PIXELS')
+    parser.add_argument('--band', type=positive, default=16, help='rows of patches in a band')
     parser.add_argument(
         '--parallel-height',
         type=int,
@@ -72,14 +93,43 @@ def parse_arguments() -> argparse.Namespace:
         metavar='PIXELS',
         help='the highest picture whose features are compared; 0: none',
     )
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, cuda:N'
+    )
     parser.add_argument('--commit', help='commit that is measured, where git is not there to say')
     parser.add_argument('--out', type=Path, help='JSON file for the rows')
     args = parser.parse_args()
-    if min(args.width, args.band, *args.height) < 1:
-        parser.error('--width, --height and --band must be at least 1')
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f'--out: there is no folder {args.out.parent}')
+    try:
+        args.device = resolve_placement(args.device, 'none').device
+        args.backend = backend_on(args.device)
+    except (LaunchError, BackendUnavailableError) as error:
+        parser.error(str(error).rstrip('.'))
     args.height.sort()
     return args
+
+
+def backend_on(device: str) -> str:
+    """The backend of retention on a device, and why those before it do not run."""
+    chosen = default_backend('retention')
+    reasons = available_backends('retention', torch.empty(1, device=device))
+    if reasons[chosen] is not None:  # a GPU is there, and the device is the CPU
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+    before = list(reasons)[: list(reasons).index(chosen)]
+    others = [f'no {name}: {reasons[name]}' for name in before if reasons[name]]
+    return f'{chosen} ({"; ".join(others)})' if others else chosen
+
+
+def place_of(args: argparse.Namespace) -> str:
+    """What runs on what, in one line."""
+    if args.device == 'cpu':
+        device = f'the CPU, {torch.get_num_threads()} thread(s)'
+    else:
+        device = torch.cuda.get_device_name()
+    backends = {'chunkwise': args.backend, 'parallel': 'reference'}
+    parts = [f'{form} by {backends.get(form, "torch")}' for form in args.form]
+    return f'Runs on {device}. Retention: {", ".join(parts)}.'
 
 
 def build(arch: str, retention: str, device: str) -> ViR:
@@ -203,21 +253,69 @@ def growth(rows: Sequence[dict[str, Any]], form: str, dtype: str) -> str | None:
     )
 
 
-def make_references(args: argparse.Namespace, picture: Tensor) -> dict[int, Tensor]:
+def make_references(args: argparse.Namespace, picture: Tensor, bar: Bar) -> dict[int, Tensor]:
     """Features by the parallel form in float32, by height, on the host."""
     model = build(args.arch, args.retention, args.device)
-    references = {}
-    for height in args.height:
-        if height > min(args.compare_height, args.parallel_height):
-            break
+    references: dict[int, Tensor] = {}
+    for height in compared_heights(args):
+        bar.show(f'parallel float32 {args.width} x {height}, to compare with')
         try:
             (maps,) = features(model, picture[:, :height], 'parallel', args.band)
         except RuntimeError as error:  # out of memory
             reason = str(error).splitlines()[0]
             print(f'Not compared from a height of {height} on: {reason}', file=sys.stderr)
+            bar.advance(len(compared_heights(args)) - len(references))
             break
         references[height] = maps.cpu()
+        bar.advance(1)
     return references
+
+
+def compared_heights(args: argparse.Namespace) -> list[int]:
+    """Heights at which features are compared."""
+    return [h for h in args.height if h <= min(args.compare_height, args.parallel_height)]
+
+
+def heights_of(args: argparse.Namespace, form: str) -> list[int]:
+    """Heights at which a form is measured."""
+    if form != 'parallel':
+        return args.height
+    return [height for height in args.height if height <= args.parallel_height]
+
+
+class Bar:
+    """What is being measured, and how many measurements are done: on a terminal, else nothing."""
+
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True)
+        self.progress = Progress(
+            SpinnerColumn(),
+            '{task.description}',
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            refresh_per_second=1,
+            transient=True,
+            redirect_stdout=False,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task('', total=total)
+
+    def show(self, what: str) -> None:
+        """Say what is measured from now on."""
+        self.progress.update(self.task, description=what, refresh=True)
+
+    def print(self, line: str) -> None:
+        """Write a line to stdout, above the bar where that is the same terminal."""
+        if sys.stdout.isatty() and not self.progress.disable:
+            self.progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def advance(self, count: int) -> None:
+        """Count measurements that are done, or will not be."""
+        self.progress.advance(self.task, count)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -228,34 +326,39 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     size = 3, args.height[-1], args.width
     picture = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    references = make_references(args, picture)
-    print(
-        f'{"form":10} {"dtype":9} {"picture":16} {"ms":>13} {"pictures/s":>10} {"peak MiB":>10} '
-        f'{"difference":>10}'
-    )
+    count = sum(len(heights_of(args, form)) for form in args.form) * len(args.dtype)
+    bar = Bar(count + len(compared_heights(args)))
     rows: list[dict[str, Any]] = []
-    for dtype in args.dtype:
-        model = build(args.arch, args.retention, args.device).to(DTYPES[dtype])
-        for form in args.form:
-            warm = False
-            for height in args.height:
-                if form == 'parallel' and height > args.parallel_height:
-                    break
-                part, reference = picture[:, :height], references.get(height)
-                rows.append(measure(model, part, form, args.band, reference, warm=warm))
-                warm = True
-                print(line_of(rows[-1]), flush=True)
-                if args.out:  # a run that is stopped keeps what it has
-                    throughput.write(args.out, header, rows)
-                if 'failed' in rows[-1]:
-                    break
-        del model
+    with bar.progress:
+        references = make_references(args, picture, bar)
+        bar.print(
+            f'{"form":10} {"dtype":9} {"picture":16} {"ms":>13} {"pictures/s":>10} '
+            f'{"peak MiB":>10} {"difference":>10}'
+        )
+        for dtype in args.dtype:
+            model = build(args.arch, args.retention, args.device).to(DTYPES[dtype])
+            for form in args.form:
+                heights = heights_of(args, form)
+                for number, height in enumerate(heights):
+                    bar.show(f'{form} {dtype} {args.width} x {height}')
+                    part, reference = picture[:, :height], references.get(height)
+                    warm = number > 0
+                    rows.append(measure(model, part, form, args.band, reference, warm=warm))
+                    bar.print(line_of(rows[-1]))
+                    if args.out:  # a run that is stopped keeps what it has
+                        throughput.write(args.out, header, rows)
+                    if 'failed' in rows[-1]:
+                        bar.advance(len(heights) - number)
+                        break
+                    bar.advance(1)
+            del model
     return rows
 
 
 def main() -> int:
     """Measure, and say how memory depends on the height."""
     args = parse_arguments()
+    print(place_of(args), flush=True)
     rows = run(args)
     for dtype in args.dtype:
         for form in args.form:
