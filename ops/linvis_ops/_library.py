@@ -38,10 +38,10 @@ def _is_eager(args: Sequence[Any]) -> bool:
 class Operator:
     """An operator `linvis::name`, and a short way to call it.
 
-    PyTorch's dispatcher serves compilers, exports, modes and transformations. On one core it takes 17
-    microseconds a call, 34 where a gradient will be wanted, 119 with a list of tensors too. Eager
-    code has none of these, and calls the function itself, behind an `autograd.Function` where a
-    gradient is wanted: 2, 10 and 29 microseconds.
+    PyTorch's dispatcher serves compilers, exports, modes and transformations. On one core it takes
+    17 microseconds a call, 34 where a gradient will be wanted, 119 with a list of tensors too.
+    Eager code has none of these, and calls the function itself, behind an `autograd.Function` where
+    a gradient is wanted: 2, 10 and 29 microseconds.
 
     Attributes:
         definition: The operator as PyTorch has it.
