@@ -169,11 +169,11 @@ def test_backend_matches_float64(
 
 @NORMS
 @pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
-def test_a_program_sums_over_several_tiles_in_the_interpreter(monkeypatch, norm):
-    from linvis_ops.q_shift_mix import kernels_triton
+def test_pieces_of_lines_and_several_tiles_of_a_program_in_the_interpreter(monkeypatch, norm):
+    from linvis_ops.q_shift_mix import kernels_triton_backward as kernels
 
-    monkeypatch.setattr(kernels_triton, 'BACKWARD_PROGRAMS', 4)
-    monkeypatch.setattr(kernels_triton, 'BACKWARD_PROGRAMS_WITH_NORM', 2)
+    monkeypatch.setattr(kernels, 'TILE_PROGRAMS', 2)
+    monkeypatch.setattr(kernels, 'LEAST_STEPS', 3)
     tensors = inputs((7, 5), 80, 1, 2, norm)
     check_against_float64('triton', (7, 5), 1, norm, tensors)
 

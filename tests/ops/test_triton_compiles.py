@@ -166,13 +166,14 @@ def launch_q_shift_mix(rows, columns, channels, dtype, norm, *, batch=2, heads=1
     """Forward, backward and plain shift of a layer with three mixes."""
     from linvis_ops.q_shift import kernels_triton as shift
     from linvis_ops.q_shift_mix import kernels_triton as mix
+    from linvis_ops.q_shift_mix.kernels_triton_backward import q_shift_mix_backward
 
     x = torch.zeros(batch, rows * columns + class_token, channels, dtype=dtype)
     mus = [torch.zeros(channels) for _ in range(3)]
     affine = (mus[0], mus[0]) if norm else (None, None)
     *mixes, last = mix.q_shift_mix_forward(x, mus, *affine, 1e-5, rows, columns, heads, x.dtype)
     grads, stats = (mixes, last) if norm else ([*mixes, last], None)
-    mix.q_shift_mix_backward(grads, x, mus, *affine, stats, rows, columns, heads)
+    q_shift_mix_backward(grads, x, mus, *affine, stats, rows, columns, heads)
     shift.q_shift(x, rows, columns, heads, adjoint=False)
 
 
@@ -183,7 +184,7 @@ def test_q_shift_mix(compiled, dtype, norm):
         launch_q_shift_mix(3, 4, channels, dtype, norm, heads=heads, class_token=class_token)
     names = {
         'q_shift_mix_fwd_kernel',
-        'q_shift_mix_bwd_kernel',
+        f'q_shift_mix_{"norm_" * norm}bwd_kernel',
         'q_shift_kernel',
         'sum_rows_kernel',
     }
@@ -201,12 +202,31 @@ def test_q_shift_mix_moves_16_bytes_at_a_time(kernels, dtype, heads):
         loads = [line for line in lines if 'ld.global' in line]
         stores = [line for line in lines if 'st.global' in line]
         assert loads
-        assert all('.v4.b32' in line for line in loads), name
-        # of the backward pass, the partial sums of the three weights are stored by fewer threads
+        # of the backward pass, the three weights are loaded once by fewer threads, as are their
+        # partial sums stored; what is loaded for each token is copied into shared memory
+        backward = name == 'q_shift_mix_bwd_kernel'
+        narrow = [line for line in loads if '.v4.b32' not in line]
+        assert len(narrow) <= 3 * backward, name
         narrow = [line for line in stores if '.v4.b32' not in line]
-        assert len(narrow) <= (3 * 2 if name == 'q_shift_mix_bwd_kernel' else 0), name
-        if name != 'q_shift_mix_bwd_kernel':
+        assert len(narrow) <= 3 * 2 * backward, name
+        copies = [line for line in lines if 'cp.async.c' in line and '.shared.global' in line]
+        assert bool(copies) == backward, name
+        assert all(', 0x10, ' in line for line in copies), name
+        if not backward:
             assert 'convert_layout' not in kernel.asm['ttgir'], name
+
+
+def test_backward_of_q_shift_mix_spills_nothing(kernels, tmp_path):
+    for channels, heads, class_token in ((192, 1, 0), (192, 3, 1), (768, 1, 0)):
+        launch_q_shift_mix(
+            14, 14, channels, torch.bfloat16, False, heads=heads, class_token=class_token
+        )
+    stacks = [
+        stack_of(kernel, tmp_path / 'kernel.cubin')
+        for name, kernel in kernels
+        if name == 'q_shift_mix_bwd_kernel'
+    ]
+    assert stacks == [0, 0, 0]
 
 
 @pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])

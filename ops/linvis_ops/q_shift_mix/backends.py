@@ -16,9 +16,9 @@ def _triton_forward(*args: Any) -> list[Tensor]:
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from linvis_ops.q_shift_mix import kernels_triton
+    from linvis_ops.q_shift_mix import kernels_triton_backward
 
-    return kernels_triton.q_shift_mix_backward(*args)
+    return kernels_triton_backward.q_shift_mix_backward(*args)
 
 
 def _always(*_tensors: Tensor) -> str | None:
