@@ -5,6 +5,7 @@ import torch
 
 from linvis_ops import bi_wkv
 from linvis_ops.bi_wkv.cuda import extension_error
+from linvis_ops.bi_wkv.reference import bi_wkv_quadratic
 from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
 
 NAMES = ('dw', 'du', 'dk', 'dv')
@@ -41,22 +42,41 @@ def detached(*sizes, dtype=torch.float32, device='cuda'):
     return [t.detach() for t in bi_wkv_inputs(*sizes, dtype, device)]
 
 
-def check_against_float64(backend, dtype, inputs, factor=2.0):
+def chunked(w, u, k, v, gy):
+    """y and the gradients by w, u, k, v in plain PyTorch, at linear cost."""
+    inputs = [t.detach().requires_grad_() for t in (w, u, k, v)]
+    y = bi_wkv(*inputs, backend='torch')
+    return y, *gradients(y, inputs, gy)
+
+
+def by_definition(w, u, k, v, gy):
+    """The same by the T x T pairs of each channel of each sequence, one after another."""
+    y, dk, dv = (torch.empty_like(v) for _ in range(3))
+    dw, du = torch.zeros_like(w), torch.zeros_like(u)
+    for b in range(v.shape[0]):
+        for c in range(v.shape[2]):
+            one = [t.detach().requires_grad_() for t in (w[c : c + 1], u[c : c + 1])]
+            one += [t[b : b + 1, :, c : c + 1].detach().requires_grad_() for t in (k, v)]
+            out = bi_wkv_quadratic(*one)
+            by_w, by_u, by_k, by_v = gradients(out, one, gy[b : b + 1, :, c : c + 1])
+            y[b, :, c], dk[b, :, c], dv[b, :, c] = (
+                out[0, :, 0].detach(),
+                by_k[0, :, 0],
+                by_v[0, :, 0],
+            )
+            dw[c] += by_w[0]
+            du[c] += by_u[0]
+    return y, dw, du, dk, dv
+
+
+def check_against_float64(backend, dtype, inputs, plain=chunked, factor=2.0):
+    gy = torch.randn_like(inputs[3])
     # in float64 the chunked form equals the definition, by tests of its own
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    plain = [t.detach().requires_grad_() for t in inputs]
-    y64 = bi_wkv(*exact, backend='torch')
-    y_plain = bi_wkv(*plain, backend='torch')
+    y64, *exact = chunked(*(t.double() for t in inputs), gy.double())
+    y_plain, *expected = plain(*inputs, gy)
     y = bi_wkv(*inputs, backend=backend)
     assert_matches('y', y, y64, y_plain, dtype)
-    gy = torch.randn_like(y)
-    for name, a, e, p in zip(
-        NAMES,
-        gradients(y, inputs, gy),
-        gradients(y64, exact, gy.double()),
-        gradients(y_plain, plain, gy),
-        strict=True,
-    ):
+    for name, a, e, p in zip(NAMES, gradients(y, inputs, gy), exact, expected, strict=True):
         if name in ROUNDING.get(y.shape[1], ()):
             torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=1e-5)
         else:
@@ -83,12 +103,13 @@ def test_other_dtypes_match_float64(backend, tokens, channels, dtype):
 @pytest.mark.parametrize('keys', ['wide', 'equal'])
 def test_extreme_inputs_match_float64(backend, keys, decay, tokens, dtype):
     # |w| up to 1 a token, of both signs
-    w, u, k, v = bi_wkv_inputs(2, tokens, 40, dtype, 'cuda', decay=decay)
+    w, u, k, v = bi_wkv_inputs(2, tokens, 10, dtype, 'cuda', decay=decay)
     with torch.no_grad():
         k.uniform_(-80, 80) if keys == 'wide' else k.fill_(-80.0)
-    # where far tokens weigh more, or one by its key, v - y cancels: README.md, Numerics
-    factor = 5.0 if keys == 'wide' or decay else 2.0
-    check_against_float64(backend, dtype, (w, u, k, v), factor)
+    # Where far tokens weigh more, or one by its key, v - y cancels: README.md, Numerics. The
+    # chunked form in PyTorch avoids that, the definition does not, and is what kernels are judged
+    # by: two samples of one noise.
+    check_against_float64(backend, dtype, (w, u, k, v), by_definition, factor=3.0)
 
 
 def test_longest_sequence_matches_float64(backend):
