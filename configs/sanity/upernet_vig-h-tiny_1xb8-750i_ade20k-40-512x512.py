@@ -4,7 +4,7 @@ Shows that label maps, ignored pixels and resizing are wired right; it measures 
 it trains on and says nothing about other pictures. Data: the first 40 pictures of
 data/ade/ADEChallengeData2016.
 Hardware: one GPU; bfloat16. Time: not measured yet.
-Expected: at least 40 mIoU on those 40 pictures; not measured yet.
+Expected: not measured yet; the aim is at least 40 mIoU on those 40 pictures.
 
     python tools/train.py configs/sanity/upernet_vig-h-tiny_1xb8-750i_ade20k-40-512x512.py
 """

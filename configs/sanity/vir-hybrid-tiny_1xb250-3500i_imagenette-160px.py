@@ -3,7 +3,7 @@
 Shows that the classification pipeline is wired right: it says nothing about ImageNet-1k.
 Data: data/imagenette/{train,val}/<wnid>/*.jpg, here a sample of 200 + 50 pictures a class.
 Hardware: one GPU. Time: not measured yet.
-Expected: at least 75 % top-1 on the validation pictures; not measured yet.
+Expected: not measured yet; the aim is at least 75 % top-1 on the validation pictures.
 
     python tools/train.py configs/sanity/vir-hybrid-tiny_1xb250-3500i_imagenette-160px.py
 """

@@ -4,7 +4,7 @@ Shows that the classification pipeline is wired right: it says nothing about Ima
 goes over rows and columns in both directions, and the mean of the patches to the head.
 Data: data/imagenette/{train,val}/<wnid>/*.jpg, here a sample of 200 + 50 pictures a class.
 Hardware: one GPU. Time: not measured yet.
-Expected: at least 70 % top-1 on the validation pictures; not measured yet.
+Expected: not measured yet; the aim is at least 70 % top-1 on the validation pictures.
 
     python tools/train.py configs/sanity/vir-small-bidirectional_1xb250-3500i_imagenette-160px.py
 """

@@ -4,7 +4,7 @@ Shows that the classification pipeline is wired right: it says nothing about Ima
 is causal over rows and columns, and the class token goes to the head.
 Data: data/imagenette/{train,val}/<wnid>/*.jpg, here a sample of 200 + 50 pictures a class.
 Hardware: one GPU. Time: not measured yet.
-Expected: at least 68 % top-1 on the validation pictures; not measured yet.
+Expected: not measured yet; the aim is at least 68 % top-1 on the validation pictures.
 
     python tools/train.py configs/sanity/vir-small_1xb250-3500i_imagenette-160px.py
 """

@@ -14,7 +14,8 @@ Command: bash tools/dist_train.sh configs/vir/mask-rcnn_vir-base_sfp_8xb2-1x_coc
     model.backbone.init_cfg.checkpoint=CHECKPOINT model.backbone.init_cfg.prefix=backbone.
     where CHECKPOINT is a classifier trained with vir-base_16xb64-310e_in1k.py and
     --cfg-options model.backbone.direction=bidirectional model.backbone.head_norm=True: weights of
-    the causal form load as well, but they have learnt to see only what is to the left and above.
+    the causal form load as well, but they have learnt to see only what is to the left and above,
+    and without the norm.
     Without these options training starts from random weights.
 """
 

@@ -53,6 +53,8 @@ _TAKEN_OUT = {
     'bg_cls_weight',  # losses
     *('postfix', 'requires_grad', 'scale_factor', 'upsample_kernel'),  # layers
 }
+# Below these, types are names of another library.
+_FOREIGN = {'Albu', 'Albumentations'}
 _REGISTRIES = tuple(value for value in vars(registries).values() if isinstance(value, Registry))
 
 
@@ -83,6 +85,8 @@ def unknown_part(cfg: Config, key: str, first: int) -> str | None:
     for depth, (node, part, _) in enumerate(_walk(cfg, parts)):
         if depth == 0 or not isinstance(node, dict):
             continue
+        if str(node.get('type')).rpartition('.')[2] in _FOREIGN:
+            return None
         scope = node.get('_scope_', scope)
         known = _keys_of(node, parts[:depth], scope) if depth >= first else None
         if known is None or part in known | _TAKEN_OUT:

@@ -108,6 +108,17 @@ def test_key_that_somebody_may_read_is_merged(load, options):
         cfg = load(*options)
 
 
+def test_keys_for_another_library_are_not_judged():
+    # albumentations has a Resize of its own
+    transforms = [{'type': 'Resize', 'height': 8, 'width': 8, 'p': 0.5}]
+    cfg = Config(
+        {'default_scope': 'mmdet', 'pipeline': [{'type': 'Albu', 'transforms': transforms}]}
+    )
+    assert config_keys.unknown_part(cfg, 'pipeline.0.transforms.0.p', 0) is None
+    cfg.pipeline[0].type = 'RandomApply'
+    assert 'Resize' in config_keys.unknown_part(cfg, 'pipeline.0.transforms.0.p', 0)
+
+
 def test_key_of_a_class_that_another_option_replaces_is_unknown(load):
     options = ['model.backbone.qk_norm=1', 'model.backbone.type=mmpretrain.ResNet']
     with pytest.raises(LaunchError, match=r'model\.backbone \(mmpretrain\.ResNet\) has no qk_norm'):

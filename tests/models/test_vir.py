@@ -161,12 +161,21 @@ def test_class_token_is_an_output():
 
 
 @pytest.mark.parametrize('out_type', ['featmap', 'raw', 'avg_featmap', 'cls_token'])
-@pytest.mark.parametrize('decay', ['1d', '2d'])
+@pytest.mark.parametrize(('decay', 'head_norm'), [('1d', False), ('2d', False), ('2d', True)])
 @pytest.mark.parametrize('heights', [[40], [16, 24], [16, 16, 8], [32, 3]])
-def test_bands_give_the_features_of_the_whole(decay, out_type, heights):
+def test_bands_give_the_features_of_the_whole(decay, head_norm, out_type, heights):
     backbone = randomised(
-        ViR(ARCH, retention=decay, img_size=64, patch_size=8, out_type=out_type, out_indices=(0, 1))
+        ViR(
+            ARCH,
+            retention=decay,
+            head_norm=head_norm,
+            img_size=64,
+            patch_size=8,
+            out_type=out_type,
+            out_indices=(0, 1),
+        )
     )
+    assert ('blocks.0.retention.head_norm.weight' in backbone.state_dict()) == head_norm
     images = torch.randn(2, 3, sum(heights), 28)
     expected = backbone(images)
     bands = list(backbone.stream(iter(images.split(heights, dim=2)), images.shape[2]))

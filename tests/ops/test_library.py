@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import linvis_ops
@@ -121,6 +122,34 @@ def test_what_looks_at_operators_sees_them(scaled_sums, through_dispatcher):
         fake = call(*map(mode.from_tensor, (x, y)))
     assert isinstance(fake, torch._subclasses.FakeTensor)
     assert len(calls) == 5
+
+
+def test_what_stands_for_a_tensor_goes_through_the_dispatcher(scaled_sums, through_dispatcher):
+    calls = through_dispatcher(scaled_sums)
+
+    def call(x, y):
+        return scaled_sums(x, [y], 1.0)[0]
+
+    class Subclass(Tensor):
+        pass
+
+    x, y = (t.detach() for t in leaves(3, 3))
+    mode = torch._subclasses.FakeTensorMode()
+    assert isinstance(call(*map(mode.from_tensor, (x, y))), torch._subclasses.FakeTensor)
+    assert len(calls) == 1
+    call(x.as_subclass(Subclass), y)
+    assert len(calls) == 2
+    graph = make_fx(call, tracing_mode='real', pre_dispatch=True)(x, y)
+    assert 'test_scaled_sums' in graph.code
+    assert len(calls) == 3
+
+
+def test_profiles_and_graphs_name_the_operator(scaled_sums):
+    x, y = leaves(3, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        scaled_sums(x, [y], 1.0)
+    assert 'linvis::test_scaled_sums' in {event.name for event in profile.events()}
+    assert type(scaled_sums(x, [y], 1.0)[0].grad_fn).__name__ == 'linvis_test_scaled_sumsBackward'
 
 
 def test_compilers_see_the_operator(scaled_sums):

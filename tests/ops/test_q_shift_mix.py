@@ -167,6 +167,20 @@ def test_backend_matches_float64(
     check_against_float64(backend, hw, heads, norm, tensors)
 
 
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+@pytest.mark.parametrize('hw', [(1, 12), (12, 1), (3, 4)])
+def test_channels_that_pass_see_no_other_token(backend, device, hw):
+    x = torch.randn(1, 12, 7, device=device, requires_grad=True)  # channels 4 to 6 pass
+    mu = torch.rand(7, device=device)
+    g = 1e-3 * torch.randn(1, 12, 7, device=device)
+    for large in (1e5, torch.inf):
+        g[:, 5] = large
+        (mix,) = q_shift_mix(x, hw, [mu], backend=backend)
+        (dx,) = torch.autograd.grad(mix, x, g)
+        others = [token for token in range(12) if token != 5]
+        torch.testing.assert_close(dx[:, others, 4:], g[:, others, 4:], rtol=1e-6, atol=0)
+
+
 @NORMS
 @pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
 def test_pieces_of_lines_and_several_tiles_of_a_program_in_the_interpreter(monkeypatch, norm):

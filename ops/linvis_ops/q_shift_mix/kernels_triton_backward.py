@@ -39,6 +39,15 @@ TILE_BYTES = 96 * 1024
 
 
 @triton.jit
+def choose_rows(condition, first, second):
+    """Of two parts of several rows the first where the condition holds, else the second."""
+    chosen = ()
+    for i in tl.static_range(len(first)):
+        chosen = chosen + (tl.where(condition, first[i], second[i]),)
+    return chosen
+
+
+@triton.jit
 def to_float(tiles):
     """Each of several tiles in float32."""
     result = ()
@@ -151,7 +160,11 @@ def q_shift_mix_bwd_kernel(
         p_grads += stride
         b_loaded = load_rows(grads, p_grads, mask & (step < end_grads))
         b_y = tl.load(x + p_x, mask=mask & (step < end_x), other=0.0).to(tl.float32)
-        b_dx, sums = mix_gradients(to_float(b_loaded), to_float(b_before), b_y, b_weights, sums)
+        b_other = b_before
+        if HEAD % 4 != 0:
+            # a difference that is exactly 0, whatever the token before has
+            b_other = choose_rows(passes, b_loaded, b_before)
+        b_dx, sums = mix_gradients(to_float(b_loaded), to_float(b_other), b_y, b_weights, sums)
         tl.store(dx + p_x, b_dx.to(dx.dtype.element_ty), mask=mask & (step < end_x))
         b_before = b_loaded
         p_x += stride
