@@ -168,19 +168,4 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     # the meta device cannot be asked
     if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
         return nullcontext()
-    if torch.compiler.is_compiling():
-        return torch.autocast(tensor.device.type, enabled=False)
-    return _AutocastOff(tensor.device.type)
-
-
-class _AutocastOff:
-    """`torch.autocast(device, enabled=False)` in less time, for eager code."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __enter__(self) -> None:
-        torch.set_autocast_enabled(self.device, False)
-
-    def __exit__(self, *_error: object) -> None:
-        torch.set_autocast_enabled(self.device, True)
+    return torch.autocast(tensor.device.type, enabled=False)

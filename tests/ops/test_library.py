@@ -1,7 +1,5 @@
 """Calls of operators: the short way of eager code and the way through PyTorch's dispatcher."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -175,14 +173,13 @@ def test_second_derivatives_are_errors():
         torch.autograd.grad(gradient.sum(), x)
 
 
-def test_checkpointing_and_deep_copies_work(scaled_sums):
+def test_checkpointing_works(scaled_sums):
     x, y = leaves(3, 3)
     out = torch.utils.checkpoint.checkpoint(
         lambda x, y: scaled_sums(x, [y], 3.0)[0], x, y, use_reentrant=False
     )
     (by_x,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(by_x, 3 * y)
-    assert copy.deepcopy(scaled_sums(x.detach(), [y.detach()], 1.0))
 
 
 def test_lists_are_put_back():

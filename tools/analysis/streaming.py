@@ -126,7 +126,7 @@ def place_of(args: argparse.Namespace) -> str:
     if args.device == 'cpu':
         device = f'the CPU, {torch.get_num_threads()} thread(s)'
     else:
-        device = torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name(args.device)
     backends = {'chunkwise': args.backend, 'parallel': 'reference'}
     parts = [f'{form} by {backends.get(form, "torch")}' for form in args.form]
     return f'Runs on {device}. Retention: {", ".join(parts)}.'
