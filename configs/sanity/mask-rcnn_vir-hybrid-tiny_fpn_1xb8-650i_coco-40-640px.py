@@ -3,8 +3,8 @@
 Shows that boxes, masks, labels and resizing are wired right; it measures on the pictures that it
 trains on and says nothing about other pictures. Data: the first 40 pictures of
 data/coco/annotations/instances_train2017.json.
-Hardware: one GPU; bfloat16. Time: not measured yet.
-Expected: not measured yet; the aim is at least 0.30 mask mAP on those 40 pictures.
+Hardware: one GPU; bfloat16. Time: 6 minutes on an H200 beside another training.
+Expected: at least 0.30 mask mAP on those 40 pictures; measured 0.458, box mAP 0.658.
 
     python tools/train.py configs/sanity/mask-rcnn_vir-hybrid-tiny_fpn_1xb8-650i_coco-40-640px.py
 """

@@ -1,4 +1,6 @@
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -73,23 +75,47 @@ def test_everything_asked_for_is_measured(monkeypatch, tmp_path):
     def measure(*call):
         calls.append(call)
         failed = {'failed': 'out of memory'} if call[1] == 96 else {}
-        return {'network': call[0], **failed}
+        return [{'network': call[0], 'launch': launch, **failed} for launch in call[-1]]
 
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
     monkeypatch.setattr(throughput.results, 'make_header', lambda *_: {'gpu': 'a GPU'})
     monkeypatch.setattr(throughput, 'measure', measure)
     out = tmp_path / 'rows.json'
-    arguments = ('--network', 'vig-tiny', '--mode', 'train', '--out', str(out))
+    arguments = ('--network', 'vig-tiny', '--mode', 'train', '--launch', 'graph', '--out', str(out))
     assert run(monkeypatch, *arguments, '--shape', '224x8', '96x2') == 1  # the second one failed
     assert calls == [
-        ('vig-tiny', 224, 8, 'train', 'eager'),
-        ('vig-tiny', 224, 8, 'train', 'compiled'),
-        ('vig-tiny', 96, 2, 'train', 'eager'),
-        ('vig-tiny', 96, 2, 'train', 'compiled'),
+        ('vig-tiny', 224, 8, 'train', 'eager', ['graph']),
+        ('vig-tiny', 224, 8, 'train', 'compiled', ['graph']),
+        ('vig-tiny', 96, 2, 'train', 'eager', ['graph']),
+        ('vig-tiny', 96, 2, 'train', 'compiled', ['graph']),
     ]
     written = json.loads(out.read_text())
     assert written['header'] == {'gpu': 'a GPU'}
     assert len(written['rows']) == 4
+
+
+def test_launches_after_a_failure_are_told_as_failed(monkeypatch):
+    """A network that runs but cannot be captured keeps its first row."""
+    monkeypatch.setitem(
+        sys.modules, 'triton.testing', types.SimpleNamespace(do_bench=lambda *_, **__: 2.0)
+    )
+    monkeypatch.setattr(throughput, 'build', lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(throughput, 'runner', lambda *_: lambda: None)
+    monkeypatch.setattr('torch.randn', lambda *_, **__: None)
+    for name in ('empty_cache', 'reset_peak_memory_stats'):
+        monkeypatch.setattr(f'torch.cuda.{name}', lambda: None)
+    monkeypatch.setattr('torch.cuda.max_memory_allocated', lambda: 3 * 2**20)
+
+    def captured(run):
+        raise RuntimeError('not in a capture\nmore')
+
+    monkeypatch.setattr(throughput, 'captured', captured)
+    rows = throughput.measure('vig-tiny', 64, 8, 'inference', 'eager', ('host', 'graph'))
+    about = {'network': 'vig-tiny', 'mode': 'inference', 'form': 'eager', 'pixels': 64, 'batch': 8}
+    assert rows == [
+        {**about, 'launch': 'host', 'ms': 2.0, 'images_s': 4000.0, 'peak_mib': 3},
+        {**about, 'launch': 'graph', 'failed': 'RuntimeError: not in a capture'},
+    ]
 
 
 @pytest.mark.gpu
@@ -97,5 +123,10 @@ def test_rows_of_a_network_on_a_gpu(monkeypatch, tmp_path):
     out = tmp_path / 'rows.json'
     assert run(monkeypatch, '--shape', '64x2', '--form', 'eager', '--out', str(out)) == 0
     rows = json.loads(out.read_text())['rows']
-    assert [row['mode'] for row in rows] == ['inference', 'train']
+    assert [(row['mode'], row['launch']) for row in rows] == [
+        ('inference', 'host'),
+        ('inference', 'graph'),
+        ('train', 'host'),
+        ('train', 'graph'),
+    ]
     assert all(row['images_s'] > 0 and row['peak_mib'] > 0 for row in rows)

@@ -4,9 +4,11 @@
         --rival deit_tiny_patch16_224 --shape 224x256 512x64 --out throughput.json
 
 A shape is PIXELSxBATCH. Every network runs under bfloat16 autocast, eager and compiled, in
-inference and in training (forward and backward). A figure is the median over the runs of a fixed
-time; peak memory is what PyTorch had allocated at most, weights included. Exit status: 0, 1 if
-a network of ours failed, 2 if nothing can be measured.
+inference and in training (forward and backward), and each of these in two ways: its kernels
+launched by the host one after another, which takes the host's time where that is longer, and
+captured in a CUDA graph, which is replayed and takes the GPU's time alone. A figure is the median
+over the runs of a fixed time; peak memory is what PyTorch had allocated at most, weights included.
+Exit status: 0, 1 if a network of ours failed, 2 if nothing can be measured.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ NETWORKS = {
 }
 MODES = ('inference', 'train')
 FORMS = ('eager', 'compiled')
+LAUNCHES = ('host', 'graph')
+WARM_UP = 3  # runs before a capture, in which everything is compiled and tuned
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -70,6 +74,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument('--mode', nargs='+', choices=MODES, default=MODES)
     parser.add_argument('--form', nargs='+', choices=FORMS, default=FORMS)
+    parser.add_argument(
+        '--launch',
+        nargs='+',
+        choices=LAUNCHES,
+        default=LAUNCHES,
+        help='kernels launched one after another by the host, or replayed as a CUDA graph',
+    )
     parser.add_argument('--commit', help='commit that is measured, where git is not there to say')
     parser.add_argument('--out', type=Path, help='JSON file for the rows')
     return parser.parse_args()
@@ -107,36 +118,54 @@ def runner(model: nn.Module, x: torch.Tensor, train: bool) -> Callable[[], Any]:
     return step if train else inference
 
 
-def measure(name: str, pixels: int, batch: int, mode: str, form: str) -> dict[str, Any]:
-    """The row of one network at one shape; `failed` in it says why there are no figures."""
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that replays a run as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
+def measure(
+    name: str, pixels: int, batch: int, mode: str, form: str, launches: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows of one network at one shape, one for each way of launching its kernels.
+
+    `failed` in a row says why there are no figures.
+    """
     from triton.testing import do_bench  # only where there is a GPU is triton certain
 
     train = mode == 'train'
-    row: dict[str, Any] = {
-        'network': name,
-        'mode': mode,
-        'form': form,
-        'pixels': pixels,
-        'batch': batch,
-    }
+    about = {'network': name, 'mode': mode, 'form': form, 'pixels': pixels, 'batch': batch}
+    rows: list[dict[str, Any]] = []
     torch.compiler.reset()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     try:
         model = build(name, pixels).train(train)
         if form == 'compiled':
             model.compile(fullgraph=True)
         run = runner(model, torch.randn(batch, 3, pixels, pixels, device='cuda'), train)
         run()
-        milliseconds = do_bench(run, warmup=100, rep=600, return_mode='median')
-    except RuntimeError as error:  # out of memory, or what a compiler cannot do
-        return {**row, 'failed': f'{type(error).__name__}: {str(error).splitlines()[0]}'}
-    return {
-        **row,
-        'ms': round(milliseconds, 3),
-        'images_s': round(batch / milliseconds * 1e3, 1),
-        'peak_mib': round(torch.cuda.max_memory_allocated() / 2**20),
-    }
+        for launch in launches:
+            torch.cuda.reset_peak_memory_stats()
+            timed = captured(run) if launch == 'graph' else run
+            milliseconds = do_bench(timed, warmup=100, rep=600, return_mode='median')
+            figures = {
+                'ms': round(milliseconds, 3),
+                'images_s': round(batch / milliseconds * 1e3, 1),
+                'peak_mib': round(torch.cuda.max_memory_allocated() / 2**20),
+            }
+            rows.append({**about, 'launch': launch, **figures})
+    except RuntimeError as error:  # out of memory, or what a compiler or a capture cannot do
+        reason = f'{type(error).__name__}: {str(error).splitlines()[0]}'
+        rows += [{**about, 'launch': launch, 'failed': reason} for launch in launches[len(rows) :]]
+    return rows
 
 
 def header_of(command: str, commit: str | None, device: str = 'cuda') -> dict[str, Any]:
@@ -173,8 +202,9 @@ def main() -> int:
         for name in (*args.network, *args.rival):
             for form in args.form:
                 for mode in args.mode:
-                    rows.append(measure(name, pixels, batch, mode, form))
-                    print(rows[-1], flush=True)
+                    measured = measure(name, pixels, batch, mode, form, args.launch)
+                    rows += measured
+                    print(*measured, sep='\n', flush=True)
                     if args.out:  # a run that is stopped keeps what it has
                         write(args.out, header, rows)
     return int(any('failed' in row and row['network'] in NETWORKS for row in rows))
