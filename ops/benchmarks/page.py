@@ -236,11 +236,12 @@ def _origin(name: str, header: Row) -> str:
     """One line on what a file was measured with."""
     commit = f'commit `{header["commit"][:10]}`' if header['commit'] else 'commit not recorded'
     changed = ' with uncommitted changes' if header['dirty'] else ''
+    end = '' if header.get('complete', True) else ' was stopped before its end.'
     return (
         f'* `{name}.json`: {header["gpu"]}, driver {header["driver"]}, torch {header["torch"]}, '
         f'triton {header["triton"]}, {header["date"]}, {commit}{changed}. '
         f'The fastest copy ran at {header["copy_gb_s"]:,.0f} GB/s; a call that '
-        f'does next to nothing took {header["floor_ms"] * 1e3:.1f} µs. `{header["command"]}`\n'
+        f'does next to nothing took {header["floor_ms"] * 1e3:.1f} µs. `{header["command"]}`{end}\n'
     )
 
 

@@ -48,6 +48,7 @@ class Operator:
             element: each input read once, each output written once, in its dtype.
         arguments: Positional arguments of the public function from inputs and shape; default: the
             inputs.
+        options: Further arguments, by name.
         rivals: What it is measured beside.
         dtypes: Names of the dtypes that are measured unless others are asked for.
         public: Name in linvis_ops, of the public function and of its backends; None: that of the
@@ -60,6 +61,7 @@ class Operator:
     inputs: Callable[[Shape, torch.dtype, str], Inputs]
     traffic: Traffic
     arguments: Callable[[Inputs, Shape], tuple[Any, ...]] = lambda inputs, _shape: inputs
+    options: Callable[[Inputs], dict[str, Any]] = lambda _inputs: {}
     rivals: tuple[Rival, ...] = (COPY,)
     dtypes: tuple[str, ...] = ('bfloat16', 'float32')
     public: str | None = None
@@ -82,9 +84,10 @@ class Operator:
         """Our implementation on one backend, with inputs."""
         inputs = self.inputs(shape, dtype, device)
         arguments = self.arguments(inputs, shape)
+        options = self.options(inputs)
         function = getattr(linvis_ops, self.function)
         with_gradient = tuple(t for t in inputs if t.requires_grad)
-        return Function(lambda: function(*arguments, backend=backend), with_gradient)
+        return Function(lambda: function(*arguments, **options, backend=backend), with_gradient)
 
     def missing(self) -> str | None:
         """Why it cannot be measured with the linvis_ops that is imported, or None."""
@@ -182,6 +185,12 @@ def mix_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     return *token_inputs(shape, dtype, device), *mus
 
 
+def mix_with_norm_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    """As `mix_inputs`, and weight and bias of the norm in front."""
+    weights = tuple(torch.rand(shape['C'], device=device).requires_grad_() for _ in range(2))
+    return *mix_inputs(shape, dtype, device), *weights
+
+
 def norm_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     """x, (B, T, C), weight and bias, each (C,), float32."""
     weights = tuple(torch.rand(shape['C'], device=device).requires_grad_() for _ in range(2))
@@ -257,6 +266,16 @@ OPERATORS = (
         inputs=mix_inputs,
         arguments=lambda inputs, s: (inputs[0], (s['rows'], s['columns']), inputs[1:]),
         traffic=token_tensors(forward=4, backward=5),  # x, three mixes; x, three gradients, dx
+    ),
+    Operator(
+        name='q_shift_mix_norm',
+        public='q_shift_mix',
+        axes=('B', 'rows', 'columns', 'C'),
+        shapes=((128, 14, 14, 192), (16, 64, 64, 192)),
+        inputs=mix_with_norm_inputs,
+        arguments=lambda inputs, s: (inputs[0], (s['rows'], s['columns']), inputs[1:4]),
+        options=lambda inputs: {'norm': (*inputs[4:], 1e-6)},
+        traffic=token_tensors(forward=4, backward=5),
     ),
     # heads of ViG-H's first stage
     Operator(

@@ -1,8 +1,10 @@
 """Layout of measured results: a header, rows, and what was left out with the reason."""
 
+import argparse
 import json
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -49,11 +51,15 @@ HEADER_FIELDS = (
     'commit',
     'dirty',  # whether linvis_ops had changes that are in no commit
     'command',
-    'copy_gb_s',  # of the fastest copy: a big one at the beginning, or one of the rows
-    'copy_gib',  # bytes read plus bytes written of the big one
+    'copies',  # speed of each big copy at the beginning, by its bytes read and written, in GiB
+    'copy_gb_s',  # of the fastest copy: one of those, or one of the rows
+    'copy_gib',  # bytes read plus bytes written of that one
     'floor_ms',  # what a call takes that writes one number
     'flush_mib',
+    'complete',  # whether the run came to its end
 )
+# Files of before are read without these.
+LATER_HEADER_FIELDS = frozenset(('copies', 'complete'))
 
 
 class Measured(Protocol):
@@ -119,14 +125,22 @@ def _triton() -> str | None:
         return None
 
 
-def make_header(ops: Path, command: str, commit: str | None, **measured: float) -> Row:
+def command(program: str, arguments: Sequence[str]) -> str:
+    """What was typed, without the options that say where the results go and of which commit."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ('--out', '--commit'):
+        places.add_argument(option)
+    return shlex.join(['python', program, *places.parse_known_args(list(arguments))[1]])
+
+
+def make_header(ops: Path, command: str, commit: str | None, **measured: Any) -> Row:
     """Header of a run on the current CUDA device.
 
     Args:
         ops: Folder of the linvis_ops that is measured.
         command: What was typed.
         commit: Commit of linvis_ops; None: as git says.
-        measured: The fields that were measured: copy_gb_s, copy_gib, floor_ms, flush_mib.
+        measured: Further fields: what was measured, and how far the run came.
     """
     properties = torch.cuda.get_device_properties('cuda')
     # a commit that is given is not that of the files around this one
@@ -160,9 +174,12 @@ def check(results: dict[str, Any]) -> None:
     )
     for what, entries, fields in groups:
         for entry in entries:
-            if set(entry) != set(fields):
-                wrong = ', '.join(sorted(set(entry) ^ set(fields)))
-                raise ValueError(f'{what}: these fields are missing or unknown: {wrong}.')
+            wrong = set(entry) ^ set(fields)
+            if what == 'header':
+                wrong -= LATER_HEADER_FIELDS - set(entry)
+            if wrong:
+                names = ', '.join(sorted(wrong))
+                raise ValueError(f'{what}: these fields are missing or unknown: {names}.')
 
 
 def file(path: Path, header: Row) -> Path:
@@ -173,17 +190,17 @@ def file(path: Path, header: Row) -> Path:
 def assemble(header: Row, measured: Measured) -> dict[str, Any]:
     """Results of a run, in the layout of this module.
 
-    Shares are those of the fastest copy of the run, should one have been faster than the big one
-    that it began with: something else may have used the GPU then.
+    Shares are those of the fastest copy of the run, should one of the rows have been faster than
+    those that it began with.
     """
-    copies = (row['gb_s'] for row in measured.rows if row['impl'] == 'copy')
-    copy_gb_s = max(header['copy_gb_s'], *copies, 0.0)
-    rows = [{**row, 'copy_share': round(row['gb_s'] / copy_gb_s, 4)} for row in measured.rows]
-    return {
-        'header': {**header, 'copy_gb_s': copy_gb_s},
-        'rows': rows,
-        'left_out': measured.left_out,
-    }
+    copies = [row for row in measured.rows if row['impl'] == 'copy']
+    fastest = max(copies, key=lambda row: row['gb_s'], default=None)
+    if fastest and fastest['gb_s'] > header['copy_gb_s']:
+        size = round(fastest['least_bytes'] / 2**30, 2)
+        header = {**header, 'copy_gb_s': fastest['gb_s'], 'copy_gib': size}
+    speed = header['copy_gb_s']
+    rows = [{**row, 'copy_share': round(row['gb_s'] / speed, 4)} for row in measured.rows]
+    return {'header': header, 'rows': rows, 'left_out': measured.left_out}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

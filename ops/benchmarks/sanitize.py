@@ -10,6 +10,7 @@ Exit status: 0 if nothing was found, 1 if something was, 2 if nothing can run.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -23,7 +24,8 @@ import torch
 
 import linvis_ops
 from benchmarks import run
-from benchmarks.registry import named
+from benchmarks.passes import Function
+from benchmarks.registry import Operator, named
 
 TOOLS = ('memcheck', 'racecheck', 'initcheck')
 # One sequence that is short enough for one launch and one that is not; 196 tokens are those for
@@ -33,12 +35,15 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     'bi_gla': ((2, 196, 2, 32, 64), (1, 600, 2, 32, 64)),
     'q_shift': ((2, 14, 14, 192),),
     'q_shift_mix': ((2, 14, 14, 192),),
+    'q_shift_mix_norm': ((2, 14, 14, 192),),
     'rms_norm': ((3, 50, 32),),
     'layer_norm': ((3, 50, 96), (1, 300, 400), (2, 3000, 96)),
     'retention': ((2, 197, 2, 64, 64), (1, 600, 2, 64, 64)),
     'retention_2d_causal': ((1, 14, 14, 2, 64, 64), (1, 37, 40, 1, 64, 64)),
     'retention_2d_bidirectional': ((1, 14, 14, 2, 64, 64), (1, 37, 40, 1, 64, 64)),
 }
+# Class tokens, heads and channels of the operators that shift, beside those shapes.
+SHIFTS = ((1, 1, 192), (0, 4, 192), (1, 2, 30))
 KERNELS = ('triton', 'cuda')
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -91,7 +96,31 @@ def launch(names: Sequence[str]) -> int:
                     operator.prepare(shape, dtype, 'cuda', backend).call('fwd+bwd').run()
                     torch.cuda.synchronize()
                     print(operator.name, backend, sizes, dtype, flush=True)
+            for shift, dtype in itertools.product(SHIFTS, DTYPES):
+                if operator.function.startswith('q_shift'):
+                    shifted(operator, *shift, dtype, 'cuda', backend).call('fwd+bwd').run()
+                    torch.cuda.synchronize()
+                    print(operator.name, backend, 'class tokens, heads, channels:', *shift, dtype)
     return count
+
+
+def shifted(
+    operator: Operator,
+    class_tokens: int,
+    heads: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: str,
+    backend: str,
+) -> Function:
+    """An operator that shifts, on a small grid with class tokens and heads."""
+    shape = {'B': 2, 'rows': 7, 'columns': 9, 'C': channels}
+    _, *weights = operator.inputs(shape, dtype, device)
+    x = torch.randn(2, 7 * 9 + class_tokens, channels, dtype=dtype, device=device)
+    inputs = (x.requires_grad_(), *weights)
+    function = getattr(linvis_ops, operator.function)
+    arguments, options = operator.arguments(inputs, shape), operator.options(inputs)
+    return Function(lambda: function(*arguments, **options, heads=heads, backend=backend), inputs)
 
 
 if __name__ == '__main__':

@@ -67,8 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     {
                         'pass': of,
                         **dataclasses.asdict(rule),
-                        'ms': dict(zip(names, times, strict=True)),
-                        'mean': score,
+                        # JSON has no infinity
+                        'ms': {
+                            name: time if math.isfinite(time) else None
+                            for name, time in zip(names, times, strict=True)
+                        },
+                        'mean': score if math.isfinite(score) else None,
                     }
                 )
                 print(f'{of} {score * 1e3:8.1f} us  {rule}', flush=True)

@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -403,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timer = BlockTimer()
     with timer:
         measured = harness.yardsticks(timer, args.repeats, torch.cuda.mem_get_info()[0])
-        command = shlex.join(['python', 'tools/analysis/block_cost.py', *argv])
+        command = results.command('tools/analysis/block_cost.py', argv)
         header = results.make_header(
             ROOT / 'ops', command, None, **measured, flush_mib=timer.flush_bytes / 2**20
         )

@@ -14,7 +14,6 @@ Exit status: 0, 1 if a network of ours failed, 2 if nothing can be measured.
 import argparse
 import importlib.util
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -195,7 +194,7 @@ def main() -> int:
     if args.rival and importlib.util.find_spec('timm') is None:
         print('--rival needs timm: pip install timm.', file=sys.stderr)
         return 2
-    command = f'python {shlex.join(["tools/analysis/throughput.py", *sys.argv[1:]])}'
+    command = results.command('tools/analysis/throughput.py', sys.argv[1:])
     header = header_of(command, args.commit)
     rows: list[dict[str, Any]] = []
     for pixels, batch in args.shape:

@@ -40,18 +40,22 @@ def test_rows_are_printed_and_written(with_gpu, capsys, tmp_path):
     written = results.read(tmp_path / 'ops_stand-in.json')
     assert [row['impl'] for row in written['rows']] == ['torch', 'copy']
     assert written['header']['floor_ms'] == 2.0
+    assert written['header']['complete'] is True
     out = capsys.readouterr().out
     assert 'bi_wkv       torch          fwd' in out
     assert '"copy_gb_s"' in out
 
 
-def test_yardsticks_are_a_big_copy_and_an_idle_call(timer):
-    free = 3 * 2**20
+def test_yardsticks_are_the_fastest_big_copy_and_an_idle_call(timer, monkeypatch):
+    """The stand-in takes 2 ms for everything, so the biggest copy is the fastest."""
+    monkeypatch.setattr(run, 'BIG_COPIES', (2**24, 2**26, 2**32))
+    free = 2**27
     yardsticks = run.yardsticks(timer, 4, free)
-    assert timer.ran == 2
+    assert timer.ran == 3  # one of 64 MiB, which is also all that may be taken of 4 GiB
     assert yardsticks == {
-        'copy_gb_s': round(free / 2 / 2e-3 / 1e9, 1),
-        'copy_gib': round(free / 2 / 2**30, 2),
+        'copies': {'0.02': round(2**24 / 2e-3 / 1e9, 1), '0.06': round(2**26 / 2e-3 / 1e9, 1)},
+        'copy_gb_s': round(2**26 / 2e-3 / 1e9, 1),
+        'copy_gib': 0.06,
         'floor_ms': 2.0,
     }
 
@@ -74,12 +78,12 @@ def test_stopped_run_keeps_its_rows(with_gpu, monkeypatch, tmp_path):
 
     out = tmp_path / 'ops.json'
     monkeypatch.setattr('benchmarks.passes.Copies.call', stop)
-    monkeypatch.setattr(
-        run, 'yardsticks', lambda *_: {'copy_gb_s': 1.0, 'copy_gib': 1.0, 'floor_ms': 1.0}
-    )
+    yardsticks = {'copies': {}, 'copy_gb_s': 1.0, 'copy_gib': 1.0, 'floor_ms': 1.0}
+    monkeypatch.setattr(run, 'yardsticks', lambda *_: yardsticks)
     with pytest.raises(KeyboardInterrupt):
         run.main([*TINY, '--impl', 'torch', 'copy', '--out', str(out)])
     assert [row['impl'] for row in results.read(out)['rows']] == ['torch']
+    assert results.read(out)['header']['complete'] is False
 
 
 @pytest.mark.parametrize(

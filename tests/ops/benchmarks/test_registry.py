@@ -28,6 +28,7 @@ TINY = {
     'retention_2d_bidirectional': (2, 2, 3, 3, 4, 5),
     'q_shift': (2, 2, 3, 8),
     'q_shift_mix': (2, 2, 3, 8),
+    'q_shift_mix_norm': (2, 2, 3, 8),
     'rms_norm': (2, 6, 8),
     'layer_norm': (2, 6, 8),
 }

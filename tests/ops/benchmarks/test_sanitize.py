@@ -1,9 +1,10 @@
 import subprocess
 
 import pytest
+import torch
 
 from benchmarks import sanitize
-from benchmarks.registry import OPERATORS
+from benchmarks.registry import OPERATORS, named
 
 
 @pytest.fixture
@@ -26,6 +27,15 @@ def test_every_operator_has_shapes():
     assert {operator.name for operator in OPERATORS} == set(sanitize.SHAPES)
     for operator in OPERATORS:
         assert all(len(sizes) == len(operator.axes) for sizes in sanitize.SHAPES[operator.name])
+
+
+@pytest.mark.parametrize('name', ['q_shift', 'q_shift_mix', 'q_shift_mix_norm'])
+@pytest.mark.parametrize('shift', sanitize.SHIFTS)
+def test_shifts_with_class_tokens_and_heads(name, shift):
+    (operator,) = named([name])
+    call = sanitize.shifted(operator, *shift, torch.float32, 'cpu', 'torch').call('fwd+bwd')
+    outputs = call.run()
+    assert outputs[0].shape == (2, 7 * 9 + shift[0], shift[2])  # the gradient by the tokens
 
 
 def test_clean_kernels(commands):

@@ -51,6 +51,21 @@ def test_trials_are_written_and_the_result_is_printed(with_gpu, monkeypatch, tmp
     assert 'programs=16' in last
 
 
+def test_trials_that_do_not_fit_are_valid_json(with_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        tune, 'time_of', lambda call, rule, *_: math.inf if rule.programs == 16 else 1.0
+    )
+    monkeypatch.setattr(tune, 'CudaTimer', tune.run.CudaTimer)
+    out = tmp_path / 'tuned.json'
+    assert tune.main(['--pass', 'fwd', '--shape', '1x8x4', '--out', str(out)]) == 0
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    trials = json.loads(out.read_text(), parse_constant=refuse)
+    assert {trial['ms']['1x8x4'] for trial in trials} == {1.0, None}
+
+
 def test_machine_without_gpu_is_told(monkeypatch, capsys):
     monkeypatch.setattr('benchmarks.run.has_gpu', lambda: False)
     assert tune.main([]) == 2
