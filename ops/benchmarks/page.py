@@ -80,7 +80,7 @@ def draw(rows: Sequence[Row], copy_gb_s: float, title: str) -> Figure:
 
     Args:
         rows: Rows of one operator and dtype.
-        copy_gb_s: Speed of a big copy, whose time for the least traffic is drawn as a line.
+        copy_gb_s: Speed of the fastest copy, whose time for the least traffic is drawn as a line.
         title: Above the panels.
     """
     passes = [name for name in PASSES if any(row['pass'] == name for row in rows)]
@@ -201,7 +201,7 @@ def _explanation(rows: Sequence[Row]) -> str:
         parts.append(
             f'GB/s: least traffic of the operator over the time of {" or ".join(ours)}'
             f'{", whichever is faster" if len(ours) > 1 else ""}; of copy: its share of the '
-            'speed of a big copy; MiB: its peak memory.'
+            'speed of the fastest copy of the run; MiB: its peak memory.'
         )
     if not all(row['graph'] for row in rows):
         parts.append('\\*: not captured in a CUDA graph, so time of the host may count.')
