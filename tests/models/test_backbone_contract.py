@@ -198,7 +198,23 @@ def test_wrong_arguments_are_refused_in_one_sentence():
         build(frozen_stages=4)
 
 
-@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 1, 32, 32), (1, 3, 0, 32)], ids=str)
+@backbones
+def test_drop_path_rates_are_told_when_the_model_is_built(build):
+    for rate in (-0.1, 1.0, 1.5):
+        with pytest.raises(ValueError, match=rf'drop_path_rate must be .*, got {rate}\.'):
+            build(img_size=64, drop_path_rate=rate)
+
+
+@plain_backbones
+@pytest.mark.parametrize('img_size', [(224,), '224', 0, (64, 64, 64), (64.0, 64)], ids=str)
+def test_other_picture_sizes_are_refused(build, img_size):
+    with pytest.raises(ValueError, match=r'img_size must be one whole number .*, got'):
+        build(img_size=img_size)
+
+
+@pytest.mark.parametrize(
+    'shape', [(3, 32, 32), (1, 1, 32, 32), (1, 3, 0, 32), (0, 3, 32, 32)], ids=str
+)
 def test_wrong_pictures_are_refused(shape):
     with pytest.raises(ValueError, match=r'VRWKV takes pictures \(B, 3, H, W\)'):
         BACKBONES['vrwkv-tiny']()(torch.zeros(shape))

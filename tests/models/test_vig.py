@@ -266,6 +266,21 @@ def test_rms_norm_equals_its_definition_in_the_dtype_of_autocast():
     torch.testing.assert_close(output.float(), normed(x, norm), rtol=3e-2, atol=1e-2)
 
 
+def test_rms_norm_of_small_inputs_depends_on_its_epsilon():
+    """The operator's first outputs are far below the root of it."""
+    x = 1e-4 * torch.randn(2, 6)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(RMSNorm(6)(x), expected)
+
+
+@pytest.mark.parametrize('arch', ViG.archs)
+def test_activations_of_the_token_mixer_are_those_of_the_arch(arch):
+    expected = nn.SiLU if arch == 'tiny' else nn.Identity
+    for layer in ViG(arch).layers:
+        assert type(layer.attn.in_proj[1]) is expected
+        assert type(layer.attn.out_act) is expected
+
+
 def test_model_of_half_precision_stays_near_float32():
     backbone = ViG(ARCH, img_size=64)
     images = torch.randn(1, 3, 64, 64)

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from linvis.models import ViGHierarchical
-from linvis.models.layers import to_featmap, to_tokens
+from linvis.models.layers import GatedLinearAttention, to_featmap, to_tokens
 
 KEY_LISTS = Path(__file__).parents[3] / 'shared' / 'reference' / 'checkpoint_keys'
 ARCH = {'embed_dims': 8, 'depths': (1, 2, 1), 'num_heads': (1, 2, 2)}
@@ -103,6 +103,15 @@ def normed_map(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
 
 def halved(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
     return F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
+
+
+@pytest.mark.parametrize('arch', ViGHierarchical.archs)
+def test_token_mixer_has_no_activations(arch):
+    with torch.device('meta'):
+        mixers = [m for m in ViGHierarchical(arch).modules() if isinstance(m, GatedLinearAttention)]
+    assert len(mixers) >= 11
+    for mixer in mixers:
+        assert type(mixer.in_proj[1]) is type(mixer.out_act) is nn.Identity
 
 
 @pytest.mark.parametrize('size', [(1, 1), (33, 47), (64, 40)], ids=str)

@@ -1,4 +1,4 @@
-"""What the constructors of backbones have in common: settings of an arch, names of backends."""
+"""What constructors of backbones have in common: settings of an arch, checks of arguments."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,3 +65,29 @@ def check_backend(backend: str, operators: Sequence[str]) -> None:
     names = ['auto', *(name for name in first if all(name in other for other in others))]
     if backend not in names:
         raise ValueError(f'backend must be one of {", ".join(names)}, got {backend!r}.')
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Drop path of each of so many layers, which grows linearly from 0 to the rate.
+
+    Raises:
+        ValueError: If the rate is not from 0 to below 1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f'drop_path_rate must be from 0 to below 1, got {rate}.')
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def height_and_width(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width in pixels, of both or of one number for both.
+
+    Raises:
+        ValueError: If these are not one or two whole numbers from 1 on.
+    """
+    sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            'img_size must be one whole number from 1 on, or two of them as (height, width), got '
+            f'{img_size!r}.'
+        )
+    return sizes

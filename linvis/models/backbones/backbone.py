@@ -105,10 +105,10 @@ class Backbone(BaseModule, ABC):
     def _check_images(self, images: Tensor) -> None:
         """Raise ValueError unless these are pictures (B, in_channels, H, W) that can be used."""
         channels = self.in_channels
-        if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
+        if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
             raise ValueError(
-                f'{type(self).__name__} takes pictures (B, {channels}, H, W) of at least one '
-                f'pixel, got shape {tuple(images.shape)}.'
+                f'{type(self).__name__} takes pictures (B, {channels}, H, W), at least one of at '
+                f'least one pixel, got shape {tuple(images.shape)}.'
             )
         if not images.is_floating_point():
             raise ValueError(

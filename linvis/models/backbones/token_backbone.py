@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from linvis.models.backbones.arch import height_and_width
 from linvis.models.backbones.backbone import Backbone
 from linvis.models.layers.patch_embed import ConvPatchEmbed, PatchEmbed
 from linvis.models.layers.position import (
@@ -44,7 +45,7 @@ class TokenBackbone(Backbone):
         init_cfg: Initialisation of mmengine, usually of type 'Pretrained'.
 
     Raises:
-        ValueError: If out_indices, out_type or frozen_stages is not one of the above.
+        ValueError: If out_indices, out_type, frozen_stages or img_size is not one of the above.
     """
 
     layers_name: ClassVar[str] = 'layers'
@@ -77,8 +78,7 @@ class TokenBackbone(Backbone):
         )
         self.embed_dims = embed_dims
         self.patch_size = patch_embed.patch_size
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.pos_grid = patch_embed.grid_of(height, width)
+        self.pos_grid = patch_embed.grid_of(*height_and_width(img_size))
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.pos_grid[0] * self.pos_grid[1], embed_dims)
         )

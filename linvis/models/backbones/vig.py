@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from linvis.models.backbones.arch import check_backend, settings_of
+from linvis.models.backbones.arch import check_backend, drop_path_rates, settings_of
 from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.layers.gated_linear_attention import GatedLinearAttention
 from linvis.models.layers.norm import RMSNorm
@@ -95,7 +95,7 @@ class ViG(TokenBackbone):
         embed_dims, depth = settings['embed_dims'], settings['depth']
         blocks = [
             PreNormBlock(
-                drop_path_rate * index / max(depth - 1, 1),
+                drop,
                 attn_norm=RMSNorm(embed_dims, cast_output=True),
                 attn=GatedLinearAttention(
                     embed_dims,
@@ -107,7 +107,7 @@ class ViG(TokenBackbone):
                 mlp_norm=RMSNorm(embed_dims, cast_output=True),
                 mlp=SwiGLU(embed_dims, HIDDEN_MULTIPLE, ('gate_proj', 'down_proj')),
             )
-            for index in range(depth)
+            for drop in drop_path_rates(drop_path_rate, depth)
         ]
         super().__init__(
             patch_embed=ConvPatchEmbed(in_channels, embed_dims, patch_size),

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import count
 from typing import Any
 
-from linvis.models.backbones.arch import check_backend, settings_of
+from linvis.models.backbones.arch import check_backend, drop_path_rates, settings_of
 from linvis.models.backbones.hierarchical_backbone import HierarchicalBackbone, widths
 from linvis.models.layers.gated_linear_attention import GatedLinearAttention
 from linvis.models.layers.norm import LayerNorm
@@ -79,12 +78,11 @@ class ViGHierarchical(HierarchicalBackbone):
                 f'depths {depths} and num_heads {num_heads}.'
             )
         embed_dims = settings['embed_dims']
-        drop_step = drop_path_rate / max(sum(depths) - 1, 1)
-        index = count()
+        drops = iter(drop_path_rates(drop_path_rate, sum(depths)))
         stages = [
             [
                 PreNormBlock(
-                    drop_step * next(index),
+                    next(drops),
                     norm=LayerNorm(dims, cast_output=True),
                     op=GatedLinearAttention(
                         dims, heads, conv_act=False, out_act=False, backend=backend

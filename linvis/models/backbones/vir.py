@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from linvis.models.backbones.arch import check_backend, settings_of
+from linvis.models.backbones.arch import check_backend, drop_path_rates, settings_of
 from linvis.models.backbones.backbone import OUT_TYPES
 from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.backbones.vir_stream import stream_features
@@ -111,7 +111,7 @@ class ViR(TokenBackbone):
         embed_dims, depth = settings['embed_dims'], settings['depth']
         blocks = [
             PreNormBlock(
-                drop_path_rate * index / max(depth - 1, 1),
+                drop,
                 norm1=LayerNorm(embed_dims, EPS, cast_output=True),
                 retention=Retention(
                     embed_dims,
@@ -126,7 +126,7 @@ class ViR(TokenBackbone):
                 mlp=mlp(embed_dims),
                 ls2=LayerScale(embed_dims, layer_scale_init),
             )
-            for index in range(depth)
+            for drop in drop_path_rates(drop_path_rate, depth)
         ]
         super().__init__(
             patch_embed=PatchEmbed(in_channels, embed_dims, patch_size, name='proj'),

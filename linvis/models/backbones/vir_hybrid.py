@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import count
 from typing import Any
 
 from torch import nn
 
-from linvis.models.backbones.arch import check_backend, settings_of
+from linvis.models.backbones.arch import check_backend, drop_path_rates, settings_of
 from linvis.models.backbones.hierarchical_backbone import HierarchicalBackbone, widths
 from linvis.models.layers.conv_block import ConvBlock
 from linvis.models.layers.mlp import mlp
@@ -93,8 +92,7 @@ class HybridViR(HierarchicalBackbone):
             )
         embed_dims = settings['embed_dims']
         dims = widths(embed_dims, depths)
-        drop_step = drop_path_rate / max(sum(depths) - 1, 1)
-        drops = (drop_step * index for index in count())
+        drops = iter(drop_path_rates(drop_path_rate, sum(depths)))
         conv_stages = [
             [ConvBlock(channels, next(drops)) for _ in range(depth)]
             for channels, depth in zip(dims[:CONV_STAGES], depths, strict=False)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linvis.models.backbones.arch import check_backend, settings_of
+from linvis.models.backbones.arch import check_backend, drop_path_rates, settings_of
 from linvis.models.backbones.token_backbone import TokenBackbone
 from linvis.models.layers.block import MixerBlock
 from linvis.models.layers.channel_mix import ChannelMix
@@ -102,10 +102,10 @@ class VRWKV(TokenBackbone):
                 ChannelMix(embed_dims, index, depth, HIDDEN_RATE, key_norm, backend),
                 post_norm=settings['post_norm'],
                 layer_scale_init=settings['layer_scale_init'],
-                drop_path=drop_path_rate * index / max(depth - 1, 1),
+                drop_path=drop,
                 input_norm=index == 0,
             )
-            for index in range(depth)
+            for index, drop in enumerate(drop_path_rates(drop_path_rate, depth))
         ]
         super().__init__(
             patch_embed=PatchEmbed(in_channels, embed_dims, patch_size),

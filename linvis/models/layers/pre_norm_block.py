@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,14 +43,14 @@ class PreNormBlock(nn.Module):
         Returns:
             Shape (B, T, C).
         """
-        parts = [self.get_submodule(name) for name in self.part_names]
+        parts = [getattr(self, name) for name in self.part_names]
         token_norm, token_mixer, *token_scale = parts[: len(parts) // 2]
         channel_norm, channel_mixer, *channel_scale = parts[len(parts) // 2 :]
-        branch = token_mixer(token_norm(x), hw, *mixer_arguments)
-        for scale in token_scale:
-            branch = scale(branch)
-        x = x + self.drop_path(branch)
-        branch = channel_mixer(channel_norm(x))
-        for scale in channel_scale:
+        x = self._add(x, token_mixer(token_norm(x), hw, *mixer_arguments), token_scale)
+        return self._add(x, channel_mixer(channel_norm(x)), channel_scale)
+
+    def _add(self, x: Tensor, branch: Tensor, scales: Sequence[nn.Module]) -> Tensor:
+        """The residual stream behind a branch, which nothing keeps after it."""
+        for scale in scales:
             branch = scale(branch)
         return x + self.drop_path(branch)

@@ -30,6 +30,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels of tokens (B, T, C)."""
-        into, out_of = (self.get_submodule(name) for name in self.names)
+        into, out_of = (getattr(self, name) for name in self.names)
         gate, value = into(x).chunk(2, dim=-1)
         return out_of(F.silu(gate) * value)
