@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from linvis_ops._sizes import next_power_of_two
+
 Pass = Literal['fwd', 'bwd']
 # A vector of a GPU's memory access, in elements of the shortest dtype.
 VECTOR = 8
@@ -89,7 +91,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 def power_of_two(size: int, least: int = LEAST) -> int:
     """The least power of two that is neither below `size` nor below `least`."""
-    return max(1 << (size - 1).bit_length(), least)
+    return max(next_power_of_two(size), least)
 
 
 def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | None) -> Launch:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, divide, exp2
 from linvis_ops._triton_sum import sum_rows
@@ -381,7 +382,7 @@ def bi_wkv_backward(
         adjoint_lanes = lanes.new_empty(lanes.shape)
         adjoint_states = lanes.new_empty((*rows, launch.blocks, ADJOINT.value, channels))
         partial = lanes.new_empty((batch * launch.lanes, 2 * channels))
-        grid = (batch * launch.lanes * triton.cdiv(channels, launch.channels),)
+        grid = (batch * launch.lanes * ceil_div(channels, launch.channels),)
         division = (
             tokens, launch.lanes, launch.blocks, launch.group, rows_between(k), rows_between(v),
             rows_between(gy), k.stride(1), v.stride(1), gy.stride(1), channels,
