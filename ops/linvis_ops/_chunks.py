@@ -149,11 +149,15 @@ class Rows(NamedTuple):
 
 def rows_of(*tensors: Tensor, length: int) -> Rows:
     """Tensors and strides for kernels with chunks of `length` tokens."""
-    # offsets within a chunk are numbers of 32 bits
-    regular = [
-        x if x.stride(3) == 1 and 0 <= x.stride(1) * length < 2**30 else x.contiguous()
-        for x in tensors
-    ]
-    strides = [stride for x in regular for stride in x.stride()[:3]]
+    regular: list[Tensor] = []
+    strides: list[int] = []
+    for x in tensors:
+        steps = x.stride()
+        # offsets within a chunk are numbers of 32 bits
+        if steps[3] != 1 or not 0 <= steps[1] * length < 2**30:
+            x = x.contiguous()
+            steps = x.stride()
+        regular.append(x)
+        strides += steps[:3]
     align = math.gcd(VECTOR, *strides)
-    return Rows(tuple(regular), tuple(stride // align for stride in strides), align)
+    return Rows(tuple(regular), tuple([stride // align for stride in strides]), align)

@@ -16,6 +16,7 @@ Function = TypeVar('Function', bound=Callable[..., Any])
 # What an operator's arguments are in eager code, beside lists of tensors. Whatever stands for a
 # tensor elsewhere (a proxy, a fake or a wrapped tensor, a symbolic number) has a type of its own.
 TENSOR_TYPES = frozenset((Tensor, torch.nn.Parameter))
+LIST_TYPES = frozenset((list, tuple))
 OTHER_TYPES = frozenset((int, float, bool, str, type(None), torch.dtype))
 
 
@@ -44,11 +45,13 @@ def _plain_tensors(args: Sequence[Any]) -> list[Tensor] | None:
             if arg.is_meta:
                 return None
             tensors.append(arg)
-        elif kind not in OTHER_TYPES:
-            elements = _plain_tensors(arg) if isinstance(arg, (list, tuple)) else None
+        elif kind in LIST_TYPES:
+            elements = _plain_tensors(arg)
             if elements is None:
                 return None
             tensors += elements
+        elif kind not in OTHER_TYPES:
+            return None
     return tensors
 
 
@@ -124,11 +127,16 @@ class Operator:
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Any], tuple[int | None, ...]]:
-    """Arguments with the elements of lists in their place, and the length of each list or None."""
+    """Arguments with the elements of lists in their place, and the length of each list or None.
+
+    There are no lengths where there are no lists.
+    """
+    if LIST_TYPES.isdisjoint(map(type, args)):
+        return list(args), ()
     flat: list[Any] = []
     lengths: list[int | None] = []
     for arg in args:
-        if isinstance(arg, (list, tuple)):
+        if type(arg) in LIST_TYPES:
             flat.extend(arg)
             lengths.append(len(arg))
         else:
@@ -138,6 +146,8 @@ def _flatten(args: Sequence[Any]) -> tuple[list[Any], tuple[int | None, ...]]:
 
 
 def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None]) -> tuple[Any, ...]:
+    if not lengths:
+        return tuple(flat)
     args: list[Any] = []
     start = 0
     for length in lengths:

@@ -369,7 +369,7 @@ def bi_gla_forward(
     value_width = v.shape[-1]
     launch = launch or launch_for(q, v, 'fwd')
     rows = rows_of(q, k, v, g_fwd, g_bwd, length=launch.length)
-    o = v.new_empty(v.shape)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     flags = v.new_empty((batch * heads * launch.chunks,), dtype=torch.int8)
     half = (key_width**-0.5 if scale is None else scale) / 2
     with on_device(v):

@@ -275,9 +275,9 @@ def bi_gla_backward(
     launch = launch or launch_for(q, v, 'bwd')
     rows = rows_of(q, k, v, g_fwd, g_bwd, go, length=launch.length)
     slices = ceil_div(v.shape[-1], launch.values)
-    dv = v.new_empty(v.shape)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     parts = tuple(
-        x.new_empty(x.shape)
+        torch.empty_like(x, memory_format=torch.contiguous_format)
         if slices == 1
         else x.new_empty((slices, *x.shape), dtype=torch.float32)
         for x in (q, k, g_fwd, g_bwd)

@@ -11,6 +11,7 @@ pair and two sums in units of its exponential; NOTHING as value stands for no to
 token instead (the functions called _slow).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -485,7 +486,7 @@ def bi_wkv_forward(
     batch, tokens, channels = v.shape
     launch = launch or launch_for(v, 'fwd')
     w, u, k, v = w.contiguous(), u.contiguous(), by_rows(k), by_rows(v)
-    y = v.new_empty(v.shape)
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
     with on_device(v):
         lanes, groups, states = lane_sums(w, u, k, v, launch)
         tiles = ceil_div(channels, launch.channels)
