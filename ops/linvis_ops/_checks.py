@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-TOKEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TOKEN_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 
 
 def shape_text(tensor: Tensor) -> str:
@@ -23,32 +23,32 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
 def check_floating(op: str, **tensors: Tensor) -> None:
     """Raise TypeError unless every tensor is of a floating dtype that operators take."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in TOKEN_DTYPES:
-            raise TypeError(
-                f'{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}.'
-            )
+        _check_dtype(op, name, tensor.dtype)
+
+
+def _check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    if dtype not in TOKEN_DTYPES:
+        raise TypeError(f'{op}: {name} must be float32, float16, bfloat16 or float64, got {dtype}.')
 
 
 def check_tokens(op: str, **tensors: Tensor) -> None:
     """Raise unless all tensors are (B, T, C) of one shape, dtype and device, not empty."""
-    names = list(tensors)
-    first = tensors[names[0]]
+    (first_name, first), *others = tensors.items()
     for name, tensor in tensors.items():
         if tensor.dim() != 3:
             raise ValueError(f'{op}: {name} must be (B, T, C), got {shape_text(tensor)}.')
         if tensor.numel() == 0:
             raise ValueError(f'{op}: {name} must not be empty, got {shape_text(tensor)}.')
-        check_floating(op, **{name: tensor})
-    for name in names[1:]:
-        tensor = tensors[name]
+        _check_dtype(op, name, tensor.dtype)
+    for name, tensor in others:
         if tensor.shape != first.shape:
             raise ValueError(
-                f'{op}: {names[0]} and {name} must have one shape, '
-                f'got {names[0]} {shape_text(first)}, {name} {shape_text(tensor)}.'
+                f'{op}: {first_name} and {name} must have one shape, '
+                f'got {first_name} {shape_text(first)}, {name} {shape_text(tensor)}.'
             )
         if tensor.dtype != first.dtype:
             raise TypeError(
-                f'{op}: {names[0]} and {name} must have one dtype, '
+                f'{op}: {first_name} and {name} must have one dtype, '
                 f'got {first.dtype} and {tensor.dtype}.'
             )
     check_device(op, tensors.items())
@@ -69,7 +69,7 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f'{op}: {name} must be (B, T, H, {width}), got {shape_text(tensor)}.')
         if tensor.numel() == 0:
             raise ValueError(f'{op}: {name} must not be empty, got {shape_text(tensor)}.')
-        check_floating(op, **{name: tensor})
+        _check_dtype(op, name, tensor.dtype)
         if tensor.dtype != q.dtype:
             raise TypeError(
                 f'{op}: q and {name} must have one dtype, got {q.dtype} and {tensor.dtype}.'
@@ -106,12 +106,12 @@ def check_channels(op: str, channels: int, dtype: torch.dtype, **tensors: Tensor
 
 def check_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ValueError unless all named tensors are on one device."""
-    items = list(tensors)
-    first_name, first = items[0]
-    for name, tensor in items[1:]:
-        if tensor.device != first.device:
+    (first_name, first), *others = tensors
+    device = first.device
+    for name, tensor in others:
+        if tensor.device != device:
             raise ValueError(
-                f'{op}: {first_name} is on {first.device} and {name} on {tensor.device}; '
+                f'{op}: {first_name} is on {device} and {name} on {tensor.device}; '
                 f'move them to one device.'
             )
 

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from linvis_ops._sizes import next_power_of_two
+
 Pass = Literal['fwd', 'bwd']
 # A vector of a GPU's memory access, in elements of the shortest dtype.
 VECTOR = 8
@@ -89,7 +91,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 def power_of_two(size: int, least: int = LEAST) -> int:
     """The least power of two that is neither below `size` nor below `least`."""
-    return max(1 << (size - 1).bit_length(), least)
+    return max(next_power_of_two(size), least)
 
 
 def divide(q: Tensor, v: Tensor, of: Pass, rules: RulesByDevice, rule: Rule | None) -> Launch:
@@ -147,11 +149,15 @@ class Rows(NamedTuple):
 
 def rows_of(*tensors: Tensor, length: int) -> Rows:
     """Tensors and strides for kernels with chunks of `length` tokens."""
-    # offsets within a chunk are numbers of 32 bits
-    regular = [
-        x if x.stride(3) == 1 and 0 <= x.stride(1) * length < 2**30 else x.contiguous()
-        for x in tensors
-    ]
-    strides = [stride for x in regular for stride in x.stride()[:3]]
+    regular: list[Tensor] = []
+    strides: list[int] = []
+    for x in tensors:
+        steps = x.stride()
+        # offsets within a chunk are numbers of 32 bits
+        if steps[3] != 1 or not 0 <= steps[1] * length < 2**30:
+            x = x.contiguous()
+            steps = x.stride()
+        regular.append(x)
+        strides += steps[:3]
     align = math.gcd(VECTOR, *strides)
-    return Rows(tuple(regular), tuple(stride // align for stride in strides), align)
+    return Rows(tuple(regular), tuple([stride // align for stride in strides]), align)

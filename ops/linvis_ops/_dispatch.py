@@ -89,8 +89,8 @@ def requested_backend(op: str, name: str) -> str:
 
     The variable is for all operators: one that has no backend of that name chooses as without it.
     """
-    check_backend_name(op, name)
     if name != 'auto':
+        check_backend_name(op, name)
         return name
     override = os.environ.get(ENVIRONMENT_VARIABLE, 'auto')
     if override == 'auto':
@@ -148,7 +148,7 @@ def select(op: str, name: str, *tensors: Tensor) -> Backend:
     if name == 'auto':
         for backend in _BACKENDS[op]:
             leads = backend.leads
-            if leads and leads(*tensors) and backend.unavailable(*tensors) is None:
+            if leads and backend.unavailable(*tensors) is None and leads(*tensors):
                 return backend
     skipped: list[str] = []
     for backend in _BACKENDS[op]:

@@ -8,6 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# What kernels that accumulate in float32 take.
+KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_HERE = nullcontext()
+
 
 @functools.cache
 def _import_error() -> str | None:
@@ -31,8 +35,12 @@ def _start_error() -> str | None:
     return None
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1).
+
+    The first answer is kept: Triton itself decides when a kernel is defined.
+    """
     if _import_error():
         return False
     import triton
@@ -54,10 +62,11 @@ def triton_unavailable(*tensors: Tensor) -> str | None:
         return error
     if interpreting():
         return None
-    if not torch.cuda.is_available():
+    # a tensor on a GPU says that there is one, in less time than PyTorch does
+    if not (tensors and tensors[0].is_cuda) and not torch.cuda.is_available():
         return 'there is no CUDA device'
     for tensor in tensors:
-        if tensor.device.type != 'cuda':
+        if not tensor.is_cuda:
             return f'the inputs are on {tensor.device.type}'
     return _start_error()
 
@@ -65,13 +74,13 @@ def triton_unavailable(*tensors: Tensor) -> str | None:
 def dtype_unavailable(*tensors: Tensor) -> str | None:
     """Reason why kernels that accumulate in float32 cannot take these tensors, or None."""
     for tensor in tensors:
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in KERNEL_DTYPES:
             return f'its kernels take float32, float16 and bfloat16, not {tensor.dtype}'
     return None
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which kernels launch on the tensor's device, not on the current one."""
-    if tensor.device.type == 'cuda':
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _HERE

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 
 # A program sums 32 columns, 128 bytes of a row, 256 rows at a time: so few loads wait for one
@@ -53,7 +54,7 @@ def sum_rows(x: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
     width = columns // parts
     outs = tuple(x.new_empty(width) for _ in range(parts))
     with on_device(x):
-        sum_rows_kernel[(parts * triton.cdiv(width, COLUMNS),)](
+        sum_rows_kernel[(parts * ceil_div(width, COLUMNS),)](
             x, outs, rows, width, ROWS, COLUMNS, num_warps=WARPS
         )
     return outs

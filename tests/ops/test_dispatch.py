@@ -1,6 +1,7 @@
 """Choice of backends and what users are told of it."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_a_backend_may_lead(toy, caplog, unavailable, leads, expected):
     x = torch.zeros(1)
     with caplog.at_level(logging.DEBUG, 'linvis_ops._dispatch'):
         assert _dispatch.select('led', 'auto', x).name == expected
-    assert seen == [(x,)]
+    # one that cannot run is not asked
+    assert seen == ([] if unavailable else [(x,)])
     assert not caplog.records
     # a name is a name
     assert _dispatch.select('led', 'second', x).name == 'second'
@@ -159,3 +161,34 @@ def test_triton_that_cannot_start_is_a_reason_not_a_traceback(monkeypatch):
         'it needs gcc or clang and the headers of Python'
     )
     _triton._start_error.cache_clear()
+
+
+def on_gpu(number):
+    """As much of a tensor on a GPU as the choice of a device looks at."""
+    return SimpleNamespace(
+        is_cuda=True, get_device=lambda: number, device=torch.device('cuda', number)
+    )
+
+
+def test_inputs_that_triton_cannot_take(monkeypatch):
+    pytest.importorskip('triton')
+    monkeypatch.setattr(_triton, 'interpreting', lambda: False)
+    monkeypatch.setattr(_triton, '_start_error', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert _triton.triton_unavailable() == 'there is no CUDA device'
+    assert _triton.triton_unavailable(torch.zeros(1)) == 'there is no CUDA device'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert _triton.triton_unavailable() is None
+    assert _triton.triton_unavailable(on_gpu(0), on_gpu(0)) is None
+    for tensors in ((torch.zeros(1),), (on_gpu(0), torch.zeros(1)), (torch.zeros(1), on_gpu(0))):
+        assert _triton.triton_unavailable(*tensors) == 'the inputs are on cpu'
+
+
+def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    other = _triton.on_device(on_gpu(2))
+    assert isinstance(other, torch.cuda.device)
+    assert other.idx == 2
+    # nothing is switched where they are
+    for tensor in (on_gpu(1), torch.zeros(1)):
+        assert not isinstance(_triton.on_device(tensor), torch.cuda.device)

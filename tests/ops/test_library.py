@@ -187,6 +187,9 @@ def test_lists_are_put_back():
     flat, lengths = _library._flatten(args)
     assert flat == [1, 2, 3, 'a', 4]
     assert _library._unflatten(flat, lengths) == (1, [2, 3], 'a', [], [4])
+    flat, lengths = _library._flatten((1, None))
+    assert flat == [1, None]
+    assert _library._unflatten(flat, lengths) == (1, None)
 
 
 def test_autocast_is_off_inside_and_on_again_behind():

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._chunks import Launch, Rows, rows_of
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import (
@@ -330,7 +331,7 @@ def enter(rows: Rows, launch: Launch, weights: Tensor) -> Tensor | None:
     shape = (kinds, batch, heads, launch.segments)
     sums = v.new_empty((*shape, key_width, value_width), dtype=torch.float32)
     totals = v.new_empty((*shape, key_width), dtype=torch.float32)
-    slices = triton.cdiv(value_width, launch.values)
+    slices = ceil_div(value_width, launch.values)
     bi_gla_sum_kernel[(kinds // 2 * batch * heads * launch.segments, slices)](
         q if go else None, k, v, g_fwd, g_bwd, go[0] if go else None, weights, sums, totals,
         tokens, heads, launch.chunks, launch.segment, launch.segments, *rows.strides,
@@ -338,7 +339,7 @@ def enter(rows: Rows, launch: Launch, weights: Tensor) -> Tensor | None:
         L=launch.length, BK=launch.keys, BV=launch.values, PAIRS=kinds // 2,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    blocks = triton.cdiv(key_width * value_width, SCAN_ELEMENTS)
+    blocks = ceil_div(key_width * value_width, SCAN_ELEMENTS)
     bi_gla_scan_kernel[(kinds * batch * heads, blocks)](
         sums, totals, launch.segments, batch * heads, K=key_width, V=value_width,
         BLOCK=SCAN_ELEMENTS, num_warps=2,
@@ -368,14 +369,14 @@ def bi_gla_forward(
     value_width = v.shape[-1]
     launch = launch or launch_for(q, v, 'fwd')
     rows = rows_of(q, k, v, g_fwd, g_bwd, length=launch.length)
-    o = v.new_empty(v.shape)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     flags = v.new_empty((batch * heads * launch.chunks,), dtype=torch.int8)
     half = (key_width**-0.5 if scale is None else scale) / 2
     with on_device(v):
         weights = make_weights(q, launch.length)
         sums = enter(rows, launch, weights)
         states = new_states(rows, launch, 2)
-        slices = triton.cdiv(value_width, launch.values)
+        slices = ceil_div(value_width, launch.values)
         bi_gla_out_kernel[(batch * heads * launch.segments * slices,)](
             *rows.tensors, o, flags, weights, states, sums, tokens, heads, launch.chunks,
             launch.segment, launch.segments, half, *rows.strides,

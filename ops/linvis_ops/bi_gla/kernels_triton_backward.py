@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._chunks import Launch, rows_of
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import (
@@ -273,10 +274,10 @@ def bi_gla_backward(
     batch, tokens, heads, key_width = q.shape
     launch = launch or launch_for(q, v, 'bwd')
     rows = rows_of(q, k, v, g_fwd, g_bwd, go, length=launch.length)
-    slices = triton.cdiv(v.shape[-1], launch.values)
-    dv = v.new_empty(v.shape)
+    slices = ceil_div(v.shape[-1], launch.values)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     parts = tuple(
-        x.new_empty(x.shape)
+        torch.empty_like(x, memory_format=torch.contiguous_format)
         if slices == 1
         else x.new_empty((slices, *x.shape), dtype=torch.float32)
         for x in (q, k, g_fwd, g_bwd)

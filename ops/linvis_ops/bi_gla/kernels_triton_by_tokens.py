@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._chunks import Launch, Rows
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton_tiles import load_rows, place, store_rows
 from linvis_ops.bi_gla.kernels_triton_common import (
     exp,
@@ -258,7 +259,7 @@ def launch_by_tokens(
     tokens, heads, key_width = rows.tensors[0].shape[1:]
     value_width = o.shape[-1]
     chunks = flags.numel()
-    bi_gla_by_tokens_kernel[(triton.cdiv(chunks, GROUP), triton.cdiv(value_width, launch.values))](
+    bi_gla_by_tokens_kernel[(ceil_div(chunks, GROUP), ceil_div(value_width, launch.values))](
         *rows.tensors, *(() if parts else (None,)), flags, states, o,
         *(parts or (None, None, None, None)), tokens, heads, launch.chunks, chunks, half,
         *rows.strides, *(() if parts else (0, 0, 0)),

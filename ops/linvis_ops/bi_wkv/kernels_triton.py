@@ -11,10 +11,12 @@ pair and two sums in units of its exponential; NOTHING as value stands for no to
 token instead (the functions called _slow).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, divide, exp2
 from linvis_ops.bi_wkv.launch import Launch, by_rows, launch_for, rows_between
@@ -454,7 +456,7 @@ def lane_sums(
     batch, tokens, channels = v.shape
     lanes = v.new_empty((batch, launch.lanes, LANE.value, channels), dtype=w.dtype)
     states = v.new_empty((batch, launch.lanes, launch.blocks, BLOCK.value, channels), dtype=w.dtype)
-    tiles = triton.cdiv(channels, launch.channels)
+    tiles = ceil_div(channels, launch.channels)
     bi_wkv_lane_kernel[(batch * launch.lanes * tiles,)](
         w, u, k, v, lanes, states, tokens, launch.lanes, launch.blocks,
         rows_between(k), rows_between(v), k.stride(1), v.stride(1),
@@ -465,12 +467,12 @@ def lane_sums(
 
 def group_sums(w: Tensor, lanes: Tensor, launch: Launch) -> Tensor:
     """Sums of groups of lanes, (B, G, LANE, C); the lanes themselves if there is one."""
-    count = triton.cdiv(launch.lanes, launch.group)
+    count = ceil_div(launch.lanes, launch.group)
     if count == 1:  # asked for by nobody
         return lanes
     batch, _, fields, channels = lanes.shape
     groups = lanes.new_empty((batch, count, fields, channels))
-    bi_wkv_group_kernel[(batch * count * triton.cdiv(channels, launch.channels),)](
+    bi_wkv_group_kernel[(batch * count * ceil_div(channels, launch.channels),)](
         w, lanes, groups, launch.lanes, count, launch.blocks * launch.length, launch.group,
         channels, launch.channels, launch.at_once, num_warps=launch.warps,
     )  # fmt: skip
@@ -484,10 +486,10 @@ def bi_wkv_forward(
     batch, tokens, channels = v.shape
     launch = launch or launch_for(v, 'fwd')
     w, u, k, v = w.contiguous(), u.contiguous(), by_rows(k), by_rows(v)
-    y = v.new_empty(v.shape)
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
     with on_device(v):
         lanes, groups, states = lane_sums(w, u, k, v, launch)
-        tiles = triton.cdiv(channels, launch.channels)
+        tiles = ceil_div(channels, launch.channels)
         bi_wkv_out_kernel[(batch * launch.lanes * tiles,)](
             w, u, k, v, y, lanes, groups, states, tokens, launch.lanes, launch.blocks, launch.group,
             rows_between(k), rows_between(v), k.stride(1), v.stride(1),

@@ -7,10 +7,12 @@ and what each block needs to start from; `bi_wkv_gradient_kernel` turns all this
 README.md has the formulas.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, divide, exp2
 from linvis_ops._triton_sum import sum_rows
@@ -373,15 +375,15 @@ def bi_wkv_backward(
     batch, tokens, channels = v.shape
     launch = launch or launch_for(v, 'bwd')
     w, u, k, v, gy = w.contiguous(), u.contiguous(), by_rows(k), by_rows(v), by_rows(gy)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     rows = (batch, launch.lanes)
     with on_device(v):
         lanes, groups, states = lane_sums(w, u, k, v, launch)
         enters = lanes.new_empty((*rows, BLOCK.value, channels))
-        adjoint_lanes = lanes.new_empty(lanes.shape)
+        adjoint_lanes = torch.empty_like(lanes)
         adjoint_states = lanes.new_empty((*rows, launch.blocks, ADJOINT.value, channels))
         partial = lanes.new_empty((batch * launch.lanes, 2 * channels))
-        grid = (batch * launch.lanes * triton.cdiv(channels, launch.channels),)
+        grid = (batch * launch.lanes * ceil_div(channels, launch.channels),)
         division = (
             tokens, launch.lanes, launch.blocks, launch.group, rows_between(k), rows_between(v),
             rows_between(gy), k.stride(1), v.stride(1), gy.stride(1), channels,

@@ -114,8 +114,9 @@ def by_rows(x: Tensor) -> Tensor:
     The stride of sequences is then a multiple of the one of tokens, which `rows_between` says. The
     kernels thus see that addresses are multiples of a constant, and move channels in pairs.
     """
-    regular = x.stride(2) == 1 or x.shape[2] == 1
-    if regular and x.stride(1) > 0 and x.stride(0) % x.stride(1) == 0:
+    of_sequence, of_token, of_channel = x.stride()
+    regular = of_channel == 1 or x.shape[2] == 1
+    if regular and of_token > 0 and of_sequence % of_token == 0:
         return x
     # not contiguous(), which keeps odd strides of dimensions of size 1
     return x.clone(memory_format=torch.contiguous_format)
@@ -123,4 +124,5 @@ def by_rows(x: Tensor) -> Tensor:
 
 def rows_between(x: Tensor) -> int:
     """Rows of a tensor of `by_rows` from the start of one sequence to the start of the next."""
-    return x.stride(0) // x.stride(1)
+    of_sequence, of_token, _ = x.stride()
+    return of_sequence // of_token

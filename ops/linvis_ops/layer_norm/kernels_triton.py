@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div, next_power_of_two
 from linvis_ops._triton import on_device
 from linvis_ops._triton_sum import sum_rows
 from linvis_ops._triton_tiles import cast
@@ -106,7 +107,7 @@ def layer_norm_bwd_kernel(
 
 def _tile(channels: int, elements: int) -> tuple[int, int, int]:
     """Tokens and channels of a tile, and warps; a tile of narrow tokens has so many elements."""
-    width = triton.next_power_of_2(channels)
+    width = next_power_of_two(channels)
     if width < WIDE:
         return elements // width, width, WARPS
     return max(WARP_ELEMENTS // width, 1), width, max(width // WARP_ELEMENTS, 1)
@@ -127,7 +128,7 @@ def layer_norm_forward(
     y = torch.empty_like(x, dtype=dtype)
     block, width, warps = _tile(channels, ELEMENTS)
     with on_device(x):
-        layer_norm_fwd_kernel[(triton.cdiv(total, block),)](
+        layer_norm_fwd_kernel[(ceil_div(total, block),)](
             x,
             weight.contiguous(),
             bias if bias is None else bias.contiguous(),
@@ -152,9 +153,9 @@ def layer_norm_backward(
     x = x.contiguous()
     dx = torch.empty_like(x)
     block, width, warps = _tile(channels, BACKWARD_ELEMENTS)
-    blocks = triton.cdiv(total, block)
-    tiles = triton.cdiv(blocks, BACKWARD_PROGRAMS)
-    runs = triton.cdiv(blocks, tiles)
+    blocks = ceil_div(total, block)
+    tiles = ceil_div(blocks, BACKWARD_PROGRAMS)
+    runs = ceil_div(blocks, tiles)
     partial = x.new_empty((runs, 2 * channels), dtype=torch.float32)
     with on_device(x):
         layer_norm_bwd_kernel[(runs,)](

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div, next_power_of_two
 from linvis_ops._triton import on_device
 
 VECTOR_BYTES = 16  # the widest load and store of a thread
@@ -93,9 +94,9 @@ def q_shift(x: Tensor, rows: int, columns: int, heads: int, adjoint: bool) -> Te
     batch, tokens, channels = x.shape
     x = x.contiguous()
     y = torch.empty_like(x)
-    width = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
+    width = min(BLOCK_CHANNELS, next_power_of_two(channels))
     block = BLOCK_ELEMENTS // width
-    programs = triton.cdiv(batch * tokens, block) * triton.cdiv(channels, width)
+    programs = ceil_div(batch * tokens, block) * ceil_div(channels, width)
     with on_device(x):
         q_shift_kernel[(programs,)](
             x,

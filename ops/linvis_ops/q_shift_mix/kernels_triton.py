@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div, next_power_of_two
 from linvis_ops._triton import on_device
 from linvis_ops.q_shift.kernels_triton import (
     BLOCK_CHANNELS,
@@ -123,9 +124,9 @@ def _stats(x: Tensor, eps: float) -> Tensor:
     """Mean and reciprocal standard deviation of each token over its channels, (2, B, T)."""
     batch, tokens, channels = x.shape
     stats = x.new_empty((2, batch, tokens), dtype=torch.float32)
-    width = triton.next_power_of_2(channels)
+    width = next_power_of_two(channels)
     block = max(BLOCK_ELEMENTS // width, 1)
-    q_shift_mix_stats_kernel[(triton.cdiv(batch * tokens, block),)](
+    q_shift_mix_stats_kernel[(ceil_div(batch * tokens, block),)](
         x,
         stats,
         batch * tokens,
@@ -158,9 +159,9 @@ def q_shift_mix_forward(
     batch, tokens, channels = x.shape
     x = x.contiguous()
     mixes = [torch.empty_like(x, dtype=dtype) for _ in mus]
-    width = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
+    width = min(BLOCK_CHANNELS, next_power_of_two(channels))
     block = BLOCK_ELEMENTS // width
-    programs = triton.cdiv(batch * tokens, block) * triton.cdiv(channels, width)
+    programs = ceil_div(batch * tokens, block) * ceil_div(channels, width)
     with on_device(x):
         stats = None if weight is None else _stats(x, eps)
         q_shift_mix_fwd_kernel[(programs,)](

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linvis_ops._sizes import ceil_div, next_power_of_two
 from linvis_ops._triton import on_device
 from linvis_ops._triton_sum import sum_rows
 from linvis_ops.q_shift.kernels_triton import neighbours, vector_size
@@ -285,14 +286,14 @@ def _plain(
     class_token = tokens != rows * columns
     head = channels // heads
     down = head // 4 * 2  # channels with neighbours in the column
-    parts = triton.cdiv(head - down, LINE_CHANNELS) + triton.cdiv(down, LINE_CHANNELS)
+    parts = ceil_div(head - down, LINE_CHANNELS) + ceil_div(down, LINE_CHANNELS)
     parts *= heads
     # lines and their lengths, for rows and for columns
     ways = ((rows, columns), (columns, rows))
-    strips = [triton.cdiv(batch * (lines + class_token), LINES) for lines, _ in ways]
-    pieces = triton.cdiv(LINE_PROGRAMS, max(strips) * parts)
-    length = max(triton.cdiv(max(rows, columns), pieces), LEAST_STEPS)
-    runs = max(n * triton.cdiv(steps, length) for n, (_, steps) in zip(strips, ways, strict=True))
+    strips = [ceil_div(batch * (lines + class_token), LINES) for lines, _ in ways]
+    pieces = ceil_div(LINE_PROGRAMS, max(strips) * parts)
+    length = max(ceil_div(max(rows, columns), pieces), LEAST_STEPS)
+    runs = max(n * ceil_div(steps, length) for n, (_, steps) in zip(strips, ways, strict=True))
     dx = torch.empty_like(x)
     partial = x.new_empty((runs, len(mus) * channels), dtype=torch.float32)
     vector = vector_size(x, heads)
@@ -332,11 +333,11 @@ def _with_norm(
 ) -> tuple[Tensor, Tensor]:
     """dx, and sums for mus, weight and bias over parts of the tokens, (parts, (M + 2) C)."""
     batch, tokens, channels = x.shape
-    width = triton.next_power_of_2(channels)
+    width = next_power_of_two(channels)
     block = max(TILE_ELEMENTS // width, 1)
-    blocks = triton.cdiv(batch * tokens, block)
-    tiles = triton.cdiv(blocks, TILE_PROGRAMS)
-    runs = triton.cdiv(blocks, tiles)
+    blocks = ceil_div(batch * tokens, block)
+    tiles = ceil_div(blocks, TILE_PROGRAMS)
+    runs = ceil_div(blocks, tiles)
     dx = torch.empty_like(x)
     partial = x.new_empty((runs, (len(mus) + 2) * channels), dtype=torch.float32)
     # x, gradients and gradients of the neighbours; the stage that is worked on is in registers
