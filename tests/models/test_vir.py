@@ -1,11 +1,13 @@
 import math
 from ast import literal_eval
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvis.models import ViR
 from linvis.models.layers import LayerScale, PreNormBlock, Retention, resize_position_embedding
@@ -187,6 +189,40 @@ def test_bands_give_the_features_of_the_whole(decay, head_norm, out_type, height
     for a, e in zip(joined, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
         assert not a.requires_grad
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[function.__name__.split('.')[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('decay', ['1d', '2d'])
+def test_bands_run_by_the_operator_in_as_many_calls_whatever_their_height(decay):
+    backbone = ViR(ARCH, retention=decay, img_size=64, patch_size=8, backend='torch')
+    numbers = []
+    for rows in (1, 40):
+        images = torch.randn(1, 3, 3 * 8 * rows, 160)
+        parts = backbone.stream(images.split(8 * rows, dim=2), images.shape[2])
+        next(parts)  # before it there is no state
+        with Calls() as calls:
+            next(parts)
+        assert calls.names['retention_fwd'] == ARCH['depth']
+        numbers.append(calls.names.total())
+    assert numbers[0] == numbers[1]
+
+
+def test_backend_of_the_layers_is_that_of_bands():
+    backbone = ViR(ARCH, img_size=64, patch_size=8, backend='reference')
+    with Calls() as calls:
+        list(backbone.stream([torch.randn(1, 3, 16, 16)], 16))
+    assert 'retention_fwd' not in calls.names
 
 
 def test_rows_of_the_position_embedding():

@@ -6,7 +6,8 @@ The forms compute the same features with the same weights:
 
 * `parallel`: the definition, all pairs of tokens at once; memory grows with the square of height.
 * `chunkwise`: `backbone(picture)`, with the operator's fastest backend; memory grows with height.
-* `stream`: `backbone.stream`, --band rows of patches at a time; memory is that of a band.
+* `stream`: `backbone.stream`, --band rows of patches at a time, with the same backend and matrix
+  products of PyTorch for the states; memory is that of a band.
 * `recurrent`: the same with one row of patches at a time, which is the recurrence over the rows.
 
 The picture is noise, bytes in the memory of the host, and goes to the device as a whole or band by
@@ -127,9 +128,15 @@ def place_of(args: argparse.Namespace) -> str:
         device = f'the CPU, {torch.get_num_threads()} thread(s)'
     else:
         device = torch.cuda.get_device_name(args.device)
-    backends = {'chunkwise': args.backend, 'parallel': 'reference'}
-    parts = [f'{form} by {backends.get(form, "torch")}' for form in args.form]
+    parts = [f'{form} by {backend_of(form, args.backend)}' for form in args.form]
     return f'Runs on {device}. Retention: {", ".join(parts)}.'
+
+
+def backend_of(form: str, backend: str) -> str:
+    """What retention runs by in one of the forms, where the fastest is `backend`."""
+    if form == 'parallel':
+        return 'reference'
+    return f'{backend}, states by products of PyTorch' if form in STREAMED else backend
 
 
 def build(arch: str, retention: str, device: str) -> ViR:

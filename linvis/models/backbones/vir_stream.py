@@ -42,8 +42,8 @@ class BandRun:
 
     Attributes:
         pixels: Rows of pixels so far.
-        patches: Patches so far.
-        sums: Their sums (B, C) in float32, one for each output.
+        patches: Patches so far, counted for out_type 'avg_featmap' alone.
+        sums: Their sums (B, C) in float32, one for each output, likewise.
     """
 
     def __init__(self, backbone: ViR, height: int) -> None:
@@ -76,10 +76,11 @@ class BandRun:
             tokens = backbone.run_layer(index, tokens, hw, self._states[index])
             by_index[index] = tokens
         outputs = tuple(by_index[index] for index in backbone.out_indices)
-        patches = hw[0] * hw[1]
-        self.patches += patches
-        sums = [x[:, :patches].sum(1, dtype=torch.float32) for x in outputs]
-        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
+        if backbone.out_type == 'avg_featmap':
+            patches = hw[0] * hw[1]
+            self.patches += patches
+            sums = [x[:, :patches].sum(1, dtype=torch.float32) for x in outputs]
+            self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
         return outputs, hw
 
     def _count(self, band: Tensor) -> None:

@@ -123,6 +123,6 @@ class Retention(nn.Module):
             o = retention(q, k, v, self.log_gamma, grid, self.direction, backend=self.backend)
         else:
             o, state.value = retention_with_state(
-                q, k, v, self.log_gamma, grid, state.value, self.direction
+                q, k, v, self.log_gamma, grid, state.value, self.direction, backend=self.backend
             )
         return self.out_proj(self.head_norm(o).flatten(2))

@@ -8,6 +8,7 @@ from linvis_ops._dtypes import accumulation_dtype
 from linvis_ops._library import without_autocast
 from linvis_ops.retention import op
 from linvis_ops.retention.reference import retention_chunked_with_state, retention_parallel
+from linvis_ops.retention.state import add_state
 
 NAME = 'retention'
 WITH_STATE = 'retention_with_state'
@@ -73,11 +74,7 @@ def retention(
         with without_autocast(q):
             o = retention_parallel(q, k, v, log_gamma, columns, bidirectional, scale)
             return o.contiguous()
-    if log_gamma.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{NAME}: log_gamma requires a gradient, which only backend='reference' computes; "
-            f'detach it.'
-        )
+    _check_constant(NAME, log_gamma)
     return op.retention_fwd(q, k, v, log_gamma, columns, bidirectional, scale, backend)
 
 
@@ -90,6 +87,8 @@ def retention_with_state(
     state: Tensor | None = None,
     direction: str = 'causal',
     scale: float | None = None,
+    *,
+    backend: str = 'auto',
 ) -> tuple[Tensor, Tensor]:
     """Causal retention of a sequence in pieces, each of which takes the state of those before it.
 
@@ -107,18 +106,22 @@ def retention_with_state(
         state: What the call for the piece before returned. None: this is the first piece.
         direction: 'causal': a state knows nothing of tokens that follow.
         scale: Factor of the output; None: K**-0.5.
+        backend: 'auto', or one of `available_backends('retention')`: what runs the piece itself,
+            as in `retention`; the state's share is made of matrix products of PyTorch. 'reference'
+            is the chunkwise form in differentiable PyTorch, any order of derivatives; 'auto' takes
+            it where log_gamma requires a gradient.
 
     Returns:
         Output of this piece, shape (B, T, H, V), contiguous, in the dtype of v; and the state
         behind it, shape (B, H, K, V) for a plain sequence, else (B, H, columns, K, V), float32
-        (float64 for float64). Both are differentiable, by state and log_gamma too. This is no
-        registered operator: torch.compile sees its loops.
+        (float64 for float64), in any order in memory. Both are differentiable, by the state too.
 
     Raises:
-        ValueError: If shapes or devices disagree, hw does not match T, or direction is not
-            'causal'.
+        ValueError: If shapes or devices disagree, hw does not match T, direction is not 'causal',
+            or log_gamma requires a gradient and the backend is neither 'auto' nor 'reference'.
         TypeError: If dtypes disagree, hw is not made of ints, state is no tensor, or scale is no
             number.
+        BackendUnavailableError: If the named backend cannot run these inputs; the message says why.
     """
     _check_inputs(WITH_STATE, q, k, v, log_gamma, scale)
     columns = _columns_of(WITH_STATE, q, hw, least_rows=0)
@@ -131,8 +134,16 @@ def retention_with_state(
     if state is not None:
         _check_state(q, v, columns, plain, state)
         state = state[:, :, None] if plain else state
+    backend = _dispatch.requested_backend(NAME, backend)
+    if backend == 'auto' and _needs_gradient(log_gamma):
+        backend = _dispatch.REFERENCE
     with without_autocast(q):
-        o, state = retention_chunked_with_state(q, k, v, log_gamma, columns, scale, state)
+        if backend == _dispatch.REFERENCE:
+            o, state = retention_chunked_with_state(q, k, v, log_gamma, columns, scale, state)
+        else:
+            _check_constant(WITH_STATE, log_gamma)
+            o = op.retention_fwd(q, k, v, log_gamma, columns, False, scale, backend)
+            o, state = add_state(o, q, k, v, log_gamma, columns, scale, state)
     return o, state[:, :, 0] if plain else state
 
 
@@ -145,6 +156,19 @@ def _check_inputs(
     _checks.check_channels(name, q.shape[2], q.dtype, log_gamma=log_gamma)
     _checks.check_device(name, [('q', q), ('k', k), ('v', v), ('log_gamma', log_gamma)])
     _checks.check_scale(name, scale)
+
+
+def _needs_gradient(log_gamma: Tensor) -> bool:
+    return log_gamma.requires_grad and torch.is_grad_enabled()
+
+
+def _check_constant(name: str, log_gamma: Tensor) -> None:
+    """Raise ValueError if a gradient by log_gamma is wanted."""
+    if _needs_gradient(log_gamma):
+        raise ValueError(
+            f"{name}: log_gamma requires a gradient, which only backend='reference' computes; "
+            f'detach it.'
+        )
 
 
 def _columns_of(name: str, q: Tensor, hw: tuple[int, int] | None, least_rows: int = 1) -> int:
