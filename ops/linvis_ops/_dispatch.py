@@ -92,7 +92,7 @@ def requested_backend(op: str, name: str) -> str:
     if name != 'auto':
         check_backend_name(op, name)
         return name
-    override = os.environ.get(ENVIRONMENT_VARIABLE, 'auto')
+    override = os.environ.get(ENVIRONMENT_VARIABLE) or 'auto'
     if override == 'auto':
         return override
     names = [backend.name for backends in _BACKENDS.values() for backend in backends]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd import forward_ad
 
 NAMESPACE = 'linvis'
 
@@ -77,6 +78,8 @@ class Operator:
         self._differentiable: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+            self._refuse_tangents(args)
         tensors = None if _is_watched() else _plain_tensors(args)
         if tensors is None:
             return self.definition(*args)
@@ -88,6 +91,17 @@ class Operator:
         flat, lengths = _flatten(args)
         outputs = self._differentiable.apply(lengths, *flat)
         return list(outputs) if isinstance(outputs, tuple) else outputs
+
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """Raise if an argument carries a tangent, which PyTorch would drop without a word."""
+        flat, _ = _flatten(args)
+        tensors = (arg for arg in flat if isinstance(arg, Tensor))
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            name = self._name.removeprefix(f'{NAMESPACE}_').removesuffix('_fwd')
+            raise NotImplementedError(
+                f'{name} has no derivative in forward mode (jvp, jacfwd, make_dual) but with '
+                f"backend='reference'."
+            )
 
     def register_fake(self, function: Function) -> Function:
         """Say which outputs there are without computing them: a decorator."""

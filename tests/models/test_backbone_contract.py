@@ -1,11 +1,13 @@
 """The contract of Backbone, for every arch of every backbone."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
 from linvis.models import (
     VRWKV,
@@ -170,7 +172,7 @@ def test_steps_of_a_plain_backbone_give_its_outputs(build):
     torch.testing.assert_close(last, backbone.to_featmap(normalised, hw))
 
 
-@pytest.mark.parametrize('out_indices', [DEPTH, -DEPTH - 1, (0, DEPTH), ()], ids=str)
+@pytest.mark.parametrize('out_indices', [DEPTH, -DEPTH - 1, (0, DEPTH), (), [1.0], 'x'], ids=str)
 def test_out_indices_outside_the_layers_are_refused(out_indices):
     with pytest.raises(ValueError, match='out_indices must name at least one of 3 layers'):
         BACKBONES['vrwkv-tiny'](out_indices=out_indices)
@@ -196,6 +198,41 @@ def test_wrong_arguments_are_refused_in_one_sentence():
         build(out_type='cls_token')
     with pytest.raises(ValueError, match=r'frozen_stages must be in -1\.\.3, got 4\.'):
         build(frozen_stages=4)
+    with pytest.raises(ValueError, match=r'frozen_stages must be in -1\.\.3, got 1\.5\.'):
+        build(frozen_stages=1.5)
+    for arch in (None, 3, 'huge'):
+        with pytest.raises(ValueError, match=rf'arch must be one of tiny, .* got {arch!r}\.'):
+            VRWKV(arch)
+
+
+class Payload:
+    """What a checkpoint from somewhere may hold: unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_hold_code_are_refused_outside_the_tools_too(tmp_path):
+    file, trace = tmp_path / 'weights.pth', tmp_path / 'trace'
+    torch.save({'state_dict': {'pos_embed': Payload(trace)}}, file)
+    CheckpointLoader.register_scheme('', load_from_local, force=True)  # as mmengine has it
+    backbone = BACKBONES['vrwkv-tiny'](init_cfg={'type': 'Pretrained', 'checkpoint': str(file)})
+    with pytest.raises(CheckpointError):
+        backbone.init_weights()
+    assert not trace.exists()
+
+
+@backbones
+def test_double_precision_is_that_of_single_but_for_rounding(build):
+    backbone = randomised(build(img_size=64)).eval()
+    images = torch.randn(1, 3, 40, 48)
+    (single,) = backbone(images)
+    (double,) = backbone.double()(images.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single, double.float(), rtol=1e-3, atol=1e-4)
 
 
 @backbones

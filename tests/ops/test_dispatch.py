@@ -113,6 +113,8 @@ def test_bi_wkv_asks_for_a_leader_in_each_pass(monkeypatch, forward, backward):
 
 def test_environment_overrides_auto_only(monkeypatch):
     inputs = bi_wkv_inputs(1, 4, 2)
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', '')  # as shells unset a variable
+    assert _dispatch.requested_backend('bi_wkv', 'auto') == 'auto'
     monkeypatch.setenv('LINVIS_OPS_BACKEND', 'nonsense')
     with pytest.raises(BackendUnavailableError, match="there is no backend 'nonsense'"):
         bi_wkv(*inputs)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import linvis_ops
+from benchmarks import registry
 from linvis_ops import _library
 from linvis_ops._library import Operator, without_autocast
 
@@ -171,6 +173,31 @@ def test_second_derivatives_are_errors():
     (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='bi_wkv_bwd'):
         torch.autograd.grad(gradient.sum(), x)
+
+
+@pytest.mark.parametrize('name', ['bi_wkv', 'bi_gla', 'retention', 'q_shift', 'q_shift_mix'])
+def test_tangents_are_refused_and_not_dropped(name):
+    """PyTorch gives an operator without a derivative in forward mode the tangent zero."""
+    (operator,) = registry.named([name])
+    sizes = (2, 3, 8) if len(operator.axes) == 3 else (2, 3, 2, 8) if 'C' in operator.axes else None
+    shape = operator.shape(sizes or (2, 6, 2, 4, 4))
+    inputs = tuple(x.detach() for x in operator.inputs(shape, torch.float32, 'cpu'))
+    function = getattr(linvis_ops, operator.function)
+
+    def run(x, backend):
+        y = function(*operator.arguments((x, *inputs[1:]), shape), backend=backend)
+        return y if isinstance(y, torch.Tensor) else y[0]
+
+    tangent = torch.randn_like(inputs[0])
+    for backend in ('auto', 'torch'):
+        with pytest.raises(NotImplementedError, match=rf"^{name} has no .* backend='reference'\.$"):
+            torch.func.jvp(lambda x, b=backend: run(x, b), inputs[:1], (tangent,))
+        with forward_ad.dual_level():
+            assert run(inputs[0], backend).shape == run(inputs[0], 'reference').shape
+            with pytest.raises(NotImplementedError, match='forward mode'):
+                run(forward_ad.make_dual(inputs[0], tangent), backend)
+    _, of_reference = torch.func.jvp(lambda x: run(x, 'reference'), inputs[:1], (tangent,))
+    assert of_reference.abs().max() > 0
 
 
 def test_checkpointing_works(scaled_sums):

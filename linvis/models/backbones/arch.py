@@ -25,9 +25,9 @@ def settings_of(
             required one is not made of whole numbers from 1 on.
     """
     if isinstance(arch, str):
-        if arch not in archs:
-            raise ValueError(f'arch must be one of {", ".join(archs)} or a dict, got {arch!r}.')
-        arch = archs[arch]
+        arch = archs.get(arch, arch)
+    if not isinstance(arch, Mapping):
+        raise ValueError(f'arch must be one of {", ".join(archs)} or a dict, got {arch!r}.')
     missing = [key for key in required if key not in arch]
     unknown = [key for key in arch if key not in required and key not in optional]
     if missing or unknown:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linvis.models.layers.featmap import to_featmap
-from linvis.utils.checkpoint import check_fits
+from linvis.utils.checkpoint import check_fits, register_safe_loader
 
 OUT_TYPES = ('featmap', 'raw', 'avg_featmap')
 
@@ -66,8 +66,10 @@ class Backbone(BaseModule, ABC):
         if out_type not in self.out_types:
             names = ', '.join(self.out_types)
             raise ValueError(f'out_type must be one of {names}, got {out_type!r}.')
-        if not -1 <= frozen_stages <= len(channels):
-            raise ValueError(f'frozen_stages must be in -1..{len(channels)}, got {frozen_stages}.')
+        if not (isinstance(frozen_stages, int) and -1 <= frozen_stages <= len(channels)):
+            raise ValueError(
+                f'frozen_stages must be in -1..{len(channels)}, got {frozen_stages!r}.'
+            )
         self.in_channels = in_channels
         self.num_layers = len(channels)
         self.num_depths = num_depths
@@ -78,6 +80,14 @@ class Backbone(BaseModule, ABC):
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.register_load_state_dict_pre_hook(_refuse_other_architecture)
+
+    def init_weights(self) -> None:
+        """Initialise by init_cfg; files of weights are read by `load_checkpoint`: no code runs.
+
+        That goes for all of mmengine's loading from then on, see `register_safe_loader`.
+        """
+        register_safe_loader()
+        super().init_weights()
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -159,9 +169,11 @@ def _refuse_other_architecture(
 def _absolute_indices(out_indices: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Out_indices as a tuple of numbers from 0, checked."""
     indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not indices or not all(-num_layers <= index < num_layers for index in indices):
+    if not indices or not all(
+        isinstance(index, int) and -num_layers <= index < num_layers for index in indices
+    ):
         raise ValueError(
-            f'out_indices must name at least one of {num_layers} layers, '
+            f'out_indices must name at least one of {num_layers} layers or stages, '
             f'in {-num_layers}..{num_layers - 1}, got {out_indices!r}.'
         )
     return tuple(index % num_layers for index in indices)

@@ -119,10 +119,11 @@ class Retention(nn.Module):
         """
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in self.qkv(x).chunk(3, dim=-1))
         grid = hw if self.decay == '2d' else None
+        log_gamma = self.log_gamma.to(torch.promote_types(torch.float32, q.dtype))
         if state is None:
-            o = retention(q, k, v, self.log_gamma, grid, self.direction, backend=self.backend)
+            o = retention(q, k, v, log_gamma, grid, self.direction, backend=self.backend)
         else:
             o, state.value = retention_with_state(
-                q, k, v, self.log_gamma, grid, state.value, self.direction, backend=self.backend
+                q, k, v, log_gamma, grid, state.value, self.direction, backend=self.backend
             )
         return self.out_proj(self.head_norm(o).flatten(2))

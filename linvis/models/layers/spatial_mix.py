@@ -69,7 +69,8 @@ class SpatialMix(nn.Module):
             x, hw, (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r), self.backend
         )
         # Divided by T these are small numbers: float32 even in a model of lower precision.
-        decay = self.spatial_decay.float() / x.shape[1]
-        bonus = self.spatial_first.float() / x.shape[1]
+        wide = torch.promote_types(torch.float32, x.dtype)
+        decay = self.spatial_decay.to(wide) / x.shape[1]
+        bonus = self.spatial_first.to(wide) / x.shape[1]
         wkv = bi_wkv(decay, bonus, self.key(x_k), self.value(x_v), backend=self.backend)
         return self.output(torch.sigmoid(self.receptance(x_r)) * self.key_norm(wkv))
