@@ -225,6 +225,44 @@ def test_keys_that_jump_along_the_sequence(backend, device, first, jump):
     check_against_float64(backend, device, torch.float32, (w, u, k, v), factor)
 
 
+MASKED = {'end': slice(40, None), 'start': slice(0, 33), 'middle': slice(15, 49)}
+
+
+@pytest.mark.parametrize('decay', some_interpreted([None], 30.0))
+@pytest.mark.parametrize('masked', MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize(('backend', 'device'), BACKENDS)
+def test_keys_of_minus_infinity_take_tokens_out(backend, device, masked, decay):
+    # whole blocks and chunks have none that is finite
+    w, u, k, v = bi_wkv_inputs(1, 64, 8, device=device, decay=decay)
+    with torch.no_grad():
+        k[:, masked] = -torch.inf
+        k[:, 50, 0] = 1.0  # other tokens in another channel
+    inputs = (w, u, k, v)
+    factor = 5.0 if decay and backend in ('triton', 'cuda') else 2.0  # few tokens dominate
+    check_against_float64(backend, device, torch.float32, inputs, factor)
+    y = bi_wkv(*inputs, backend=backend)
+    _, _, dk, dv = gradients(y, inputs, torch.ones_like(y))
+    out = k == -torch.inf
+    assert not dk[out].any()
+    assert not dv[out].any()
+
+
+@pytest.mark.parametrize(('backend', 'device'), [*BACKENDS, ('reference', 'cpu')])
+def test_channels_without_a_finite_key_are_nan(backend, device):
+    w, u, k, v = bi_wkv_inputs(2, 33, 4, device=device)
+    with torch.no_grad():
+        k[1, :, 2] = -torch.inf
+    inputs = (w, u, k, v)
+    y = bi_wkv(*inputs, backend=backend)
+    dw, du, dk, dv = gradients(y, inputs, torch.ones_like(y))
+    without = torch.zeros_like(y, dtype=torch.bool)
+    without[1, :, 2] = True
+    for by_token in (y, dk, dv):
+        assert torch.equal(by_token.isnan(), without)
+    for by_channel in (dw, du):
+        assert by_channel.isnan().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize('bonus', some_interpreted([-30.0], 30.0))
 @pytest.mark.parametrize(('backend', 'device'), BACKENDS)
 def test_large_bonus_of_either_sign(backend, device, bonus):

@@ -115,6 +115,16 @@ def test_extreme_inputs_are_finite_and_right(host, tokens, keys, decay, rows):
     check(host, (w, u, k, v), rows, factor=4.0)
 
 
+@pytest.mark.parametrize('rows', [2, None])
+@pytest.mark.parametrize('decay', [None, 30.0])
+@pytest.mark.parametrize('masked', [slice(40, None), slice(0, 33), slice(15, 49)], ids=str)
+def test_keys_of_minus_infinity_take_tokens_out(host, masked, decay, rows):
+    w, u, k, v = bi_wkv_inputs(1, 64, 8, decay=decay)
+    with torch.no_grad():
+        k[:, masked] = -torch.inf
+    check(host, (w, u, k, v), rows, factor=4.0)
+
+
 @pytest.mark.parametrize('bonus', [-30.0, -19.0, 19.0, 30.0])
 def test_large_bonus_of_either_sign(host, bonus):
     w, u, k, v = bi_wkv_inputs(1, 6, 8)
@@ -203,7 +213,7 @@ def by_pairs(host, w, u, k, v):
 
 
 @pytest.mark.parametrize('decay', [None, 1.0, 30.0])
-@pytest.mark.parametrize('keys', ['normal', 'wide', 'equal', 'none'])
+@pytest.mark.parametrize('keys', ['normal', 'wide', 'equal', 'none', 'end'])
 @pytest.mark.parametrize('tokens', [1, 14, 15, 196, 197, 256, 257, 600])
 def test_outputs_by_pairs_are_right_for_any_inputs(host, tokens, keys, decay):
     w, u, k, v = (t.detach() for t in bi_wkv_inputs(1, tokens, 3, decay=decay))
@@ -213,6 +223,8 @@ def test_outputs_by_pairs_are_right_for_any_inputs(host, tokens, keys, decay):
         k.fill_(-300.0)
     elif keys == 'none':
         k[:, 1:] = -torch.inf
+    elif keys == 'end':
+        k[:, tokens // 3 + 1 :] = -torch.inf
     inputs = (w, u, k, v)
     expected = bi_wkv_quadratic(*(t.double() for t in inputs))
     assert_matches('y', by_pairs(host, *inputs), expected, bi_wkv_quadratic(*inputs), torch.float32)

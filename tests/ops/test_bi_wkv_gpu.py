@@ -108,6 +108,19 @@ def test_extreme_inputs_match_float64(backend, keys, decay, tokens, dtype):
     check_against_float64(backend, dtype, (w, u, k, v), factor, far=decay is not None)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+@pytest.mark.parametrize('tokens', [64, 196, 1000])
+@pytest.mark.parametrize('part', ['end', 'middle'])
+def test_keys_of_minus_infinity_match_float64(backend, part, tokens, dtype):
+    w, u, k, v = bi_wkv_inputs(2, tokens, 64, dtype, 'cuda')
+    masked = slice(tokens // 3, None if part == 'end' else -(tokens // 4))
+    with torch.no_grad():
+        k[0, masked] = -torch.inf
+        k[1, :, :40] = -torch.inf
+        k[1, tokens // 5, :40] = 0.0  # the only token of these channels
+    check_against_float64(backend, dtype, (w, u, k, v), 5.0)  # few tokens dominate, as above
+
+
 def test_longest_sequence_matches_float64(backend):
     inputs = bi_wkv_inputs(1, 2**18, 8, torch.bfloat16, 'cuda')
     check_against_float64(backend, torch.bfloat16, inputs)
