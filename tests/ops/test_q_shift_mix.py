@@ -371,6 +371,28 @@ def test_mixes_of_another_dtype_are_rounded_once(backend, device, norm):
 
 
 @NORMS
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'reference'])
+def test_mixes_in_float64_of_float32_tokens(backend, norm):
+    # Triton, where it can run, has no float64: 'auto' leaves both passes to another backend
+    tensors = inputs((3, 4), 8, 1, 2, norm)
+    mixes = call(tensors, (3, 4), norm, dtype=F64, backend=backend)
+    expected = call(tensors, (3, 4), norm, backend='reference')
+    grads = [torch.randn_like(mix) for mix in mixes]
+    result = torch.autograd.grad(mixes, tensors, grads)
+    plain = torch.autograd.grad(expected, tensors, [g.float() for g in grads])
+    assert all(mix.dtype == F64 for mix in mixes)
+    for a, e in zip([*mixes, *result], [*expected, *plain], strict=True):
+        torch.testing.assert_close(a, e, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
+def test_triton_refuses_mixes_in_float64_in_the_forward_pass():
+    tensors = inputs((3, 4), 8, 1, 2, False)
+    with pytest.raises(BackendUnavailableError, match=r'not torch\.float64'):
+        call(tensors, (3, 4), False, dtype=F64, backend='triton')
+
+
+@NORMS
 @pytest.mark.parametrize('backend', ['torch', 'reference'])
 def test_autocast_does_not_touch_the_arithmetic(backend, norm):
     tensors = inputs((3, 4), 8, 1, 2, norm)
@@ -431,7 +453,9 @@ ZEROS = torch.zeros(8)
         ({'mus': [ZEROS.to('meta')]}, ValueError, r'x is on cpu and mus\[0\] on meta'),
         ({'heads': 3}, ValueError, r'heads must divide the 8 channels, got 3'),
         ({'heads': 0}, ValueError, r'heads must divide the 8 channels, got 0'),
-        ({'dtype': torch.int8}, TypeError, r'dtype must be a floating dtype, got torch.int8'),
+        ({'dtype': torch.int8}, TypeError, r'bfloat16, float64 or None, got torch.int8'),
+        ({'dtype': torch.float8_e4m3fn}, TypeError, r'or None, got torch.float8_e4m3fn'),
+        ({'dtype': 'float16'}, TypeError, r"dtype must be float32, .* or None, got 'float16'"),
         ({'heads': 2.0}, TypeError, r'heads must be an int, got 2\.0'),
         ({'norm': (ZEROS, ZEROS)}, TypeError, r'norm must be \(weight, bias, eps\) or None'),
         ({'norm': (ZEROS, None, 1e-5)}, TypeError, r'bias must be a tensor, got NoneType'),
