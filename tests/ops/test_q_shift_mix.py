@@ -192,9 +192,57 @@ def test_pieces_of_lines_and_several_tiles_of_a_program_in_the_interpreter(monke
     check_against_float64('triton', (7, 5), 1, norm, tensors)
 
 
+@pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
+@pytest.mark.parametrize('class_token', [0, 1])
+@pytest.mark.parametrize('hw', [(1, 40), (40, 1), (2, 30), (30, 3)])
+def test_long_lines_and_several_strips_of_a_program_in_the_interpreter(
+    monkeypatch, hw, class_token
+):
+    from linvis_ops.q_shift_mix import kernels_triton_backward as kernels
+
+    monkeypatch.setattr(kernels, 'LEAST_STEPS', 3)
+    monkeypatch.setattr(kernels, 'MOST_RUNS', 4)
+    division = kernels.divide(2, *hw, bool(class_token), parts=2)
+    assert max(division.strips) > 1
+    check_against_float64('triton', hw, 1, False, inputs(hw, 12, class_token, 2, False))
+
+
+# pictures, rows, columns, parts of the channels
+TIMED = {(128, 14, 14, 6): ((14, 14), 224), (16, 64, 64, 6): ((64, 64), 128)}
+ELONGATED = [
+    (b, *hw, 6) for b in (1, 16) for n in (1, 8, 16) for hw in ((n, 4096), (65536 // n, n))
+]
+
+
+@pytest.mark.parametrize('class_token', [False, True])
+@pytest.mark.parametrize('shape', [*TIMED, *ELONGATED, (1, 1, 1, 1), (2, 50, 84, 24)])
+def test_division_of_the_backward_pass(shape, class_token):
+    pytest.importorskip('triton')
+    from linvis_ops.q_shift_mix import kernels_triton_backward as kernels
+
+    batch, rows, columns, parts = shape
+    division = kernels.divide(batch, rows, columns, class_token, parts)
+    walks = []
+    for way, (lines, steps) in enumerate(((rows, columns), (columns, rows))):
+        length, strips = division.lengths[way], division.strips[way]
+        programs = division.runs // -(-steps // length)
+        assert programs * strips * kernels.LINES >= batch * (lines + class_token)
+        walks.append(min(length, steps) * strips)
+    assert division.runs <= kernels.MOST_RUNS
+    tokens = batch * rows * columns
+    # no program walks much longer than an even share, at least as in squares
+    share = tokens / (kernels.LINES * division.runs)
+    assert max(walks) <= max(4 * share, 64)
+    if shape in TIMED and not class_token:
+        assert division == (TIMED[shape][0], (1, 1), TIMED[shape][1])
+
+
 @pytest.mark.gpu
 @NORMS
-@pytest.mark.parametrize(('hw', 'class_token'), [((1, 1), 0), ((14, 14), 1), ((50, 84), 0)])
+@pytest.mark.parametrize(
+    ('hw', 'class_token'),
+    [((1, 1), 0), ((14, 14), 1), ((50, 84), 0), ((1, 20000), 0), ((9000, 2), 1)],
+)
 @pytest.mark.parametrize(
     ('channels', 'heads', 'dtype'),
     [
