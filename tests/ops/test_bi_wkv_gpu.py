@@ -6,7 +6,7 @@ import torch
 from linvis_ops import bi_wkv
 from linvis_ops.bi_wkv.cuda import extension_error
 from linvis_ops.bi_wkv.reference import bi_wkv_quadratic
-from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
+from linvis_ops.testing import FLOORS, assert_matches, bi_wkv_inputs, gradients
 
 NAMES = ('dw', 'du', 'dk', 'dv')
 GIB = 2**30
@@ -74,7 +74,12 @@ def check_against_float64(backend, dtype, inputs, factor=2.0, far=False):
         if name in ROUNDING.get(y.shape[1], ()):
             torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=1e-5)
         else:
-            assert_matches(name, a, e, p, dtype, factor)
+            short = a.dtype != dtype
+            # The gradients by w and u are float32 beside tokens of 16 bits. On a CPU, with plain
+            # PyTorch, the Triton kernels and the other CUDA kernels, their errors are 5e-8 to 8e-6;
+            # the streaming kernels approximate more.
+            floor = 10 * FLOORS[a.dtype] if short else None
+            assert_matches(name, a, e, p, a.dtype, 5 * factor if short else factor, floor)
 
 
 @pytest.mark.parametrize('channels', WIDTHS)
