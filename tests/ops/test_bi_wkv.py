@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linvis_ops import BackendUnavailableError, bi_wkv
 from linvis_ops._triton import interpreting
+from linvis_ops.bi_wkv import launch
 from linvis_ops.bi_wkv.cuda import extension_error
-from linvis_ops.bi_wkv.launch import by_rows, rows_between
+from linvis_ops.bi_wkv.launch import DEFAULT, TUNED, by_rows, rows_between
 from linvis_ops.bi_wkv.op import bi_wkv_bwd, bi_wkv_fwd
 from linvis_ops.bi_wkv.reference import bi_wkv_backward, bi_wkv_chunked, bi_wkv_quadratic
 from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
@@ -345,15 +346,23 @@ def test_every_division_into_lanes_computes_the_definition(
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (128, 196, 192), (1, 65536, 192), (2, 4200, 768)])
-def test_division_covers_the_sequence(shape):
-    from linvis_ops.bi_wkv.launch import launch_for
-
+@pytest.mark.parametrize('multiprocessors', [20, 132])
+@pytest.mark.parametrize('rules', [DEFAULT, *TUNED.values()], ids=['default', *map(str, TUNED)])
+def test_division_covers_the_sequence(monkeypatch, rules, multiprocessors, shape):
+    monkeypatch.setattr(launch, 'rules_of', lambda _device: (rules, multiprocessors))
+    batch, tokens, channels = shape
     for of in ('fwd', 'bwd'):
-        launch = launch_for(torch.empty(shape, device='meta'), of)
-        size = launch.length * launch.blocks
-        assert (launch.lanes - 1) * size < shape[1] <= launch.lanes * size
-        # every lane asks every group and the lanes of its own group
-        assert launch.lanes / launch.group + launch.group <= 600
+        division = launch.launch_for(torch.empty(shape, device='meta'), of)
+        size = division.length * division.blocks
+        assert (division.lanes - 1) * size < tokens <= division.lanes * size
+        assert 1 <= division.blocks <= rules[of].most_blocks
+        # no multiprocessor is idle that a shorter lane would keep busy
+        programs = batch * division.lanes * -(-channels // division.channels)
+        assert division.blocks == 1 or programs >= rules[of].programs * multiprocessors
+        # every lane asks every group and the lanes of its own group, or all lanes
+        groups = -(-division.lanes // division.group)
+        asked = groups + division.group if groups > 1 else division.lanes
+        assert asked <= 72  # of 65,536 tokens in blocks of 8, else 55
 
 
 @pytest.mark.parametrize(('backend', 'device'), COMPILED)
