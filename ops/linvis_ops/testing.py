@@ -37,6 +37,7 @@ def assert_matches(
     plain: Tensor | None,
     dtype: torch.dtype,
     factor: float = 2.0,
+    floor: float | None = None,
 ) -> None:
     """Raise AssertionError unless a result is as near to the float64 reference as its dtype allows.
 
@@ -45,15 +46,16 @@ def assert_matches(
         actual: Result under test.
         reference: The same in float64.
         plain: The same by plain PyTorch in the tested dtype. None: the floor alone counts.
-        dtype: The tested dtype, which chooses the floor.
+        dtype: The tested dtype, which chooses the floor: of a gradient its own.
         factor: So many times the error of `plain` is allowed.
+        floor: Instead of the dtype's.
     """
     assert actual.shape == reference.shape, (
         f'{name}: shape {actual.shape}, expected {reference.shape}'
     )
     finite = torch.isfinite(reference)
     assert torch.equal(torch.isfinite(actual), finite), f'{name}: not finite where the reference is'
-    bound = FLOORS[dtype]
+    bound = FLOORS[dtype] if floor is None else floor
     if plain is not None:
         bound = max(bound, factor * relative_rms(plain, reference))
     error = (actual.double() - reference.double()).abs()

@@ -6,7 +6,7 @@ import torch
 from linvis_ops import bi_wkv
 from linvis_ops.bi_wkv.cuda import extension_error
 from linvis_ops.bi_wkv.reference import bi_wkv_quadratic
-from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
+from linvis_ops.testing import FLOORS, assert_matches, bi_wkv_inputs, gradients
 
 NAMES = ('dw', 'du', 'dk', 'dv')
 GIB = 2**30
@@ -74,7 +74,12 @@ def check_against_float64(backend, dtype, inputs, factor=2.0, far=False):
         if name in ROUNDING.get(y.shape[1], ()):
             torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=1e-5)
         else:
-            assert_matches(name, a, e, p, dtype, factor)
+            short = a.dtype != dtype
+            # The gradients by w and u are float32 beside tokens of 16 bits. On a CPU, with plain
+            # PyTorch, the Triton kernels and the other CUDA kernels, their errors are 5e-8 to 8e-6;
+            # the streaming kernels approximate more.
+            floor = 10 * FLOORS[a.dtype] if short else None
+            assert_matches(name, a, e, p, a.dtype, 5 * factor if short else factor, floor)
 
 
 @pytest.mark.parametrize('channels', WIDTHS)
@@ -106,6 +111,19 @@ def test_extreme_inputs_match_float64(backend, keys, decay, tokens, dtype):
     # one noise, of which two evaluations of the definition differ by up to 3.2.
     factor = 5.0 if keys == 'wide' or decay else 2.0
     check_against_float64(backend, dtype, (w, u, k, v), factor, far=decay is not None)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['f32', 'bf16'])
+@pytest.mark.parametrize('tokens', [64, 196, 1000])
+@pytest.mark.parametrize('part', ['end', 'middle'])
+def test_keys_of_minus_infinity_match_float64(backend, part, tokens, dtype):
+    w, u, k, v = bi_wkv_inputs(2, tokens, 64, dtype, 'cuda')
+    masked = slice(tokens // 3, None if part == 'end' else -(tokens // 4))
+    with torch.no_grad():
+        k[0, masked] = -torch.inf
+        k[1, :, :40] = -torch.inf
+        k[1, tokens // 5, :40] = 0.0  # the only token of these channels
+    check_against_float64(backend, dtype, (w, u, k, v), 5.0)  # few tokens dominate, as above
 
 
 def test_longest_sequence_matches_float64(backend):

@@ -6,7 +6,7 @@ import torch
 from linvis_ops import bi_wkv
 from linvis_ops.bi_wkv import cuda
 from linvis_ops.bi_wkv.reference import bi_wkv_backward
-from linvis_ops.testing import assert_matches, bi_wkv_inputs, gradients
+from linvis_ops.testing import FLOORS, assert_matches, bi_wkv_inputs, gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,8 +44,12 @@ def exactly(inputs):
     return gradients(bi_wkv(*exact, backend='reference'), exact, gy)
 
 
-def check(inputs, zero=()):
-    """The kernel against the definition in float64."""
+def check(inputs, zero=(), ordinary=False):
+    """The kernel against the definition in float64.
+
+    Beside ordinary inputs the gradients by w and u, which are float32, are judged as such: with 10
+    times the floor, as in test_bi_wkv_gpu.py. Where few tokens dominate, rounding is left of them.
+    """
     dtype = inputs[-1].dtype
     expected = exactly(inputs)
     actual = stream(*inputs)
@@ -55,7 +59,8 @@ def check(inputs, zero=()):
         if name in zero:
             torch.testing.assert_close(a.double(), e, rtol=0, atol=1e-5)
         else:
-            assert_matches(name, a, e, None, dtype)
+            floor = 10 * FLOORS[a.dtype] if ordinary and a.dtype != dtype else FLOORS[dtype]
+            assert_matches(name, a, e, None, a.dtype, floor=floor)
     return actual
 
 
@@ -70,7 +75,7 @@ def check(inputs, zero=()):
 def test_matches_float64(dtype, channels, tokens):
     # of one token, which sees itself alone, and of two, whose distance is 1
     zero = {1: ('dw', 'du', 'dk'), 2: ('dw',)}.get(tokens, ())
-    check(inputs_of(2, tokens, channels, dtype), zero)
+    check(inputs_of(2, tokens, channels, dtype), zero, ordinary=True)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def test_matches_float64(dtype, channels, tokens):
     [(300, 196, 64), (100, 300, 64), (40, 2049, 64), (3, 16384, 96), (1, 29000, 96)],
 )
 def test_several_items_for_every_thread_block(batch, tokens, channels):
-    check(inputs_of(batch, tokens, channels))
+    check(inputs_of(batch, tokens, channels), ordinary=True)
 
 
 def test_more_elements_than_32_bits_can_count():

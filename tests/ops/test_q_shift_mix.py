@@ -74,7 +74,8 @@ def check_against_float64(backend, hw, heads, norm, tensors):
     names += ['dweight', 'dbias'] * norm
     for name, a, p, e in zip(names, result, plain, reference, strict=True):
         assert a.is_contiguous()
-        assert_matches(name, a, e, p, dtype)
+        # those by mus, weight and bias are float32 beside tokens of 16 bits
+        assert_matches(name, a, e, p, a.dtype)
     assert all(mix.dtype == dtype for mix in result[:weights])
 
 
@@ -192,9 +193,57 @@ def test_pieces_of_lines_and_several_tiles_of_a_program_in_the_interpreter(monke
     check_against_float64('triton', (7, 5), 1, norm, tensors)
 
 
+@pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
+@pytest.mark.parametrize('class_token', [0, 1])
+@pytest.mark.parametrize('hw', [(1, 40), (40, 1), (2, 30), (30, 3)])
+def test_long_lines_and_several_strips_of_a_program_in_the_interpreter(
+    monkeypatch, hw, class_token
+):
+    from linvis_ops.q_shift_mix import kernels_triton_backward as kernels
+
+    monkeypatch.setattr(kernels, 'LEAST_STEPS', 3)
+    monkeypatch.setattr(kernels, 'MOST_RUNS', 4)
+    division = kernels.divide(2, *hw, bool(class_token), parts=2)
+    assert max(division.strips) > 1
+    check_against_float64('triton', hw, 1, False, inputs(hw, 12, class_token, 2, False))
+
+
+# pictures, rows, columns, parts of the channels
+TIMED = {(128, 14, 14, 6): ((14, 14), 224), (16, 64, 64, 6): ((64, 64), 128)}
+ELONGATED = [
+    (b, *hw, 6) for b in (1, 16) for n in (1, 8, 16) for hw in ((n, 4096), (65536 // n, n))
+]
+
+
+@pytest.mark.parametrize('class_token', [False, True])
+@pytest.mark.parametrize('shape', [*TIMED, *ELONGATED, (1, 1, 1, 1), (2, 50, 84, 24)])
+def test_division_of_the_backward_pass(shape, class_token):
+    pytest.importorskip('triton')
+    from linvis_ops.q_shift_mix import kernels_triton_backward as kernels
+
+    batch, rows, columns, parts = shape
+    division = kernels.divide(batch, rows, columns, class_token, parts)
+    walks = []
+    for way, (lines, steps) in enumerate(((rows, columns), (columns, rows))):
+        length, strips = division.lengths[way], division.strips[way]
+        programs = division.runs // -(-steps // length)
+        assert programs * strips * kernels.LINES >= batch * (lines + class_token)
+        walks.append(min(length, steps) * strips)
+    assert division.runs <= kernels.MOST_RUNS
+    tokens = batch * rows * columns
+    # no program walks much longer than an even share, at least as in squares
+    share = tokens / (kernels.LINES * division.runs)
+    assert max(walks) <= max(4 * share, 64)
+    if shape in TIMED and not class_token:
+        assert division == (TIMED[shape][0], (1, 1), TIMED[shape][1])
+
+
 @pytest.mark.gpu
 @NORMS
-@pytest.mark.parametrize(('hw', 'class_token'), [((1, 1), 0), ((14, 14), 1), ((50, 84), 0)])
+@pytest.mark.parametrize(
+    ('hw', 'class_token'),
+    [((1, 1), 0), ((14, 14), 1), ((50, 84), 0), ((1, 20000), 0), ((9000, 2), 1)],
+)
 @pytest.mark.parametrize(
     ('channels', 'heads', 'dtype'),
     [
@@ -371,6 +420,28 @@ def test_mixes_of_another_dtype_are_rounded_once(backend, device, norm):
 
 
 @NORMS
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'reference'])
+def test_mixes_in_float64_of_float32_tokens(backend, norm):
+    # Triton, where it can run, has no float64: 'auto' leaves both passes to another backend
+    tensors = inputs((3, 4), 8, 1, 2, norm)
+    mixes = call(tensors, (3, 4), norm, dtype=F64, backend=backend)
+    expected = call(tensors, (3, 4), norm, backend='reference')
+    grads = [torch.randn_like(mix) for mix in mixes]
+    result = torch.autograd.grad(mixes, tensors, grads)
+    plain = torch.autograd.grad(expected, tensors, [g.float() for g in grads])
+    assert all(mix.dtype == F64 for mix in mixes)
+    for a, e in zip([*mixes, *result], [*expected, *plain], strict=True):
+        torch.testing.assert_close(a, e, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not interpreting(), reason='needs TRITON_INTERPRET=1')
+def test_triton_refuses_mixes_in_float64_in_the_forward_pass():
+    tensors = inputs((3, 4), 8, 1, 2, False)
+    with pytest.raises(BackendUnavailableError, match=r'not torch\.float64'):
+        call(tensors, (3, 4), False, dtype=F64, backend='triton')
+
+
+@NORMS
 @pytest.mark.parametrize('backend', ['torch', 'reference'])
 def test_autocast_does_not_touch_the_arithmetic(backend, norm):
     tensors = inputs((3, 4), 8, 1, 2, norm)
@@ -431,7 +502,9 @@ ZEROS = torch.zeros(8)
         ({'mus': [ZEROS.to('meta')]}, ValueError, r'x is on cpu and mus\[0\] on meta'),
         ({'heads': 3}, ValueError, r'heads must divide the 8 channels, got 3'),
         ({'heads': 0}, ValueError, r'heads must divide the 8 channels, got 0'),
-        ({'dtype': torch.int8}, TypeError, r'dtype must be a floating dtype, got torch.int8'),
+        ({'dtype': torch.int8}, TypeError, r'bfloat16, float64 or None, got torch.int8'),
+        ({'dtype': torch.float8_e4m3fn}, TypeError, r'or None, got torch.float8_e4m3fn'),
+        ({'dtype': 'float16'}, TypeError, r"dtype must be float32, .* or None, got 'float16'"),
         ({'heads': 2.0}, TypeError, r'heads must be an int, got 2\.0'),
         ({'norm': (ZEROS, ZEROS)}, TypeError, r'norm must be \(weight, bias, eps\) or None'),
         ({'norm': (ZEROS, None, 1e-5)}, TypeError, r'bias must be a tensor, got NoneType'),

@@ -71,6 +71,14 @@ def test_error_below_the_floor_passes_and_above_fails(dtype):
                 assert_matches('y', actual, reference, None, dtype)
 
 
+def test_floor_of_its_own():
+    reference = torch.ones(10, dtype=torch.float64)
+    actual = (reference + 1e-4).float()
+    assert_matches('y', actual, reference, None, torch.float32, floor=2e-4)
+    with pytest.raises(AssertionError, match='exceeds 5e-05'):
+        assert_matches('y', actual, reference, None, torch.float32, floor=5e-5)
+
+
 def test_twice_the_error_of_plain_arithmetic_is_allowed():
     reference = torch.randn(50, 60, dtype=torch.float64)
     plain = reference * 1.01

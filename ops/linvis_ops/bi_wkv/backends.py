@@ -32,7 +32,9 @@ def _always(*_tensors: Tensor) -> str | None:
 
 BACKENDS = (
     Backend('triton', _triton_unavailable, _triton_forward, _triton_backward),
-    # behind Triton, which is faster wherever the streaming kernels do not take the pass
+    # It leads where a streaming kernel takes the pass. Elsewhere it is behind Triton, which was
+    # faster in all backward passes that were measured (README.md); forward it was often slower, but
+    # of passes that no streaming kernel takes hardly any were measured.
     Backend(
         'cuda',
         cuda.cuda_unavailable,

@@ -259,8 +259,8 @@ def walk_for_sums(
         if fast:
             b_k = load_block(p_k, k_stride, left, mask, float('-inf'), L)
             b_v = load_block(p_v, v_stride, left, mask, 0.0, L)
-            top = b_k[0]
-            for r in tl.static_range(1, L):
+            top = zero + NOTHING  # keys may all be -inf
+            for r in tl.static_range(L):
                 top = tl.maximum(top, b_k[r])
             e, x = weigh(b_k, b_v, top, 0.0, L)
             s0 = fold(zero, d, x, L, False)

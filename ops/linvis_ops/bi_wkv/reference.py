@@ -17,6 +17,8 @@ from linvis_ops._dtypes import accumulation_dtype
 # its parts this spans exp(3 |w| CHUNK), of which float32 holds exp(SPAN).
 CHUNK = 16
 SPAN = 80.0
+# Value of the scale of sums over tokens whose keys are all -inf.
+NOTHING = -1e30
 
 
 def bi_wkv_quadratic(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,7 +97,8 @@ class Sums(NamedTuple):
 
     def at(self, scale: Scale, w: Tensor) -> Sums:
         """The same sums at another scale."""
-        factor = self.scale.less(scale, w).exp_()
+        # without a bound, sums of nothing, whose value rounds distances away, become 0 * inf
+        factor = self.scale.less(scale, w).clamp_(max=SPAN).exp_()
         moments = self.moments
         if moments is not None:
             beyond = self.scale.distance - scale.distance
@@ -109,7 +112,7 @@ def _peak(a: Scale, w: Tensor) -> Scale:
     is_peak = rounded == rounded.amax(2, keepdim=True)
     distance = torch.where(is_peak, a.distance, -torch.inf).amax(2, keepdim=True)
     value = torch.where(is_peak & (a.distance == distance), a.value, -torch.inf)
-    return Scale(value.amax(2, keepdim=True), distance)
+    return Scale(value.amax(2, keepdim=True).clamp(min=NOTHING), distance)
 
 
 def _side(

@@ -40,8 +40,8 @@ def q_shift_mix(
             None.
         heads: Equal groups of neighbouring channels, each of which has its own quarters, as in
             VRWKV6.
-        dtype: Floating dtype of the mixes; None: that of x. A layer that computes in lower
-            precision next asks for that here, which saves writing and reading them in full.
+        dtype: Dtype of the mixes, one of those of x; None: that of x. A layer that computes in
+            lower precision next asks for that here, which saves writing and reading them in full.
         backend: 'auto', or one of `available_backends('q_shift_mix')`. 'reference' is the
             definition in differentiable PyTorch.
 
@@ -77,8 +77,10 @@ def q_shift_mix(
     _checks.check_device(NAME, [('x', x), *weights.items()])
     _checks.check_grid(NAME, x.shape[1], hw)
     _checks.check_division(NAME, x.shape[2], heads)
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f'{NAME}: dtype must be a floating dtype, got {dtype}.')
+    if dtype is not None and dtype not in _checks.TOKEN_DTYPES:
+        raise TypeError(
+            f'{NAME}: dtype must be float32, float16, bfloat16, float64 or None, got {dtype!r}.'
+        )
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == _dispatch.REFERENCE:
         with without_autocast(x):

@@ -9,6 +9,7 @@ another, because the norm's gradient has sums over the channels of a token.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +29,9 @@ LINE_STAGES = 4
 # Lines are cut into pieces until there are so many programs, but not shorter than LEAST_STEPS.
 LINE_PROGRAMS = 640
 LEAST_STEPS = 8
+# Each program leaves sums to add up. Where there would be more lots of them, programs take several
+# strips of LINES lines, one after another.
+MOST_RUNS = 2048
 
 # With a norm: elements of a tile, where a thread holds one vector and its running sums.
 TILE_ELEMENTS = 1024
@@ -72,7 +76,56 @@ def mix_gradients(b_grads, b_others, b_y, b_mus, sums):
     return b_dy, new_sums
 
 
-@triton.jit(do_not_specialize=['batch', 'rows', 'columns', 'length'])
+@triton.jit
+def walk_lines(
+    grads, x, dx, number, c, in_part, behind, passes, b_weights, sums, batch, rows, columns, down,
+    lines, steps, begin, end, C: tl.constexpr, HEAD: tl.constexpr, CLASS_TOKEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the steps begin..end - 1 of numbered lines: dx, and `sums` with theirs."""
+    stride = tl.where(down, columns, 1).to(tl.int64) * C
+    end_x = end
+    end_grads = tl.minimum(end, steps - behind)
+    first_step = 0
+    if CLASS_TOKEN:
+        picture = number // (lines + 1)
+        line = number % (lines + 1)
+        # every step on this line is the class token
+        is_class = line == lines
+        token = tl.where(is_class, rows * columns, line * tl.where(down, 1, columns))
+        token += picture.to(tl.int64) * (rows * columns + 1)
+        stride = tl.where(is_class, 0, stride)
+        end_x = tl.where(is_class, 1, end)
+        end_grads = tl.where(is_class, 2 - behind, end_grads)
+        first_step = tl.where(is_class, -1, 0)
+    else:
+        picture = number // lines
+        line = number % lines
+        token = picture.to(tl.int64) * (rows * columns) + line * tl.where(down, 1, columns)
+    mask = (picture < batch) & in_part
+    p_x = token * C + c + begin * stride
+    p_grads = p_x + (behind - 1) * stride
+    b_before = load_rows(grads, p_grads, mask & (begin - 1 + behind >= first_step))
+    for step in tl.range(begin, end, num_stages=STAGES):
+        p_grads += stride
+        b_loaded = load_rows(grads, p_grads, mask & (step < end_grads))
+        b_y = tl.load(x + p_x, mask=mask & (step < end_x), other=0.0).to(tl.float32)
+        b_other = b_before
+        if HEAD % 4 != 0:
+            # a difference that is exactly 0, whatever the token before has
+            b_other = choose_rows(passes, b_loaded, b_before)
+        b_dx, sums = mix_gradients(to_float(b_loaded), to_float(b_other), b_y, b_weights, sums)
+        tl.store(dx + p_x, b_dx.to(dx.dtype.element_ty), mask=mask & (step < end_x))
+        b_before = b_loaded
+        p_x += stride
+    return sums
+
+
+@triton.jit(
+    do_not_specialize=[
+        'batch', 'rows', 'columns', 'length_along', 'length_down', 'strips_along', 'strips_down'
+    ]
+)  # fmt: skip
 def q_shift_mix_bwd_kernel(
     grads,  # M times (B, T, C), contiguous
     x,  # (B, T, C), contiguous
@@ -82,7 +135,10 @@ def q_shift_mix_bwd_kernel(
     batch,
     rows,
     columns,
-    length,  # tokens of a piece of a line
+    length_along,  # tokens of a piece of a row
+    length_down,  # tokens of a piece of a column
+    strips_along,  # strips of BL lines of a program, one after another
+    strips_down,
     C: tl.constexpr,
     HEAD: tl.constexpr,
     CLASS_TOKEN: tl.constexpr,
@@ -90,8 +146,9 @@ def q_shift_mix_bwd_kernel(
     BC: tl.constexpr,
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
+    SEVERAL: tl.constexpr,  # whether there are programs of more than one strip
 ):
-    """Gradients of pieces of BL lines: dx, and sums over the pieces for the weights.
+    """Gradients of pieces of strips: dx, and sums over the pieces for the weights.
 
     The lines of all pictures are numbered through. A class token is one more line of one token,
     which is its own neighbour. There are as many programs for rows as for columns; where one of the
@@ -124,51 +181,30 @@ def q_shift_mix_bwd_kernel(
 
     lines = tl.where(down, columns, rows)
     steps = tl.where(down, rows, columns)
+    length = tl.where(down, length_down, length_along)
     pieces = (steps + length - 1) // length
     begin = run % pieces * length
     end = tl.minimum(begin + length, steps)
-    number = run // pieces * BL + tl.arange(0, BL)[:, None]
-    stride = tl.where(down, columns, 1).to(tl.int64) * C
-    end_x = end
-    end_grads = tl.minimum(end, steps - behind)
-    first_step = 0
-    if CLASS_TOKEN:
-        picture = number // (lines + 1)
-        line = number % (lines + 1)
-        # every step on this line is the class token
-        is_class = line == lines
-        token = tl.where(is_class, rows * columns, line * tl.where(down, 1, columns))
-        token += picture.to(tl.int64) * (rows * columns + 1)
-        stride = tl.where(is_class, 0, stride)
-        end_x = tl.where(is_class, 1, end)
-        end_grads = tl.where(is_class, 2 - behind, end_grads)
-        first_step = tl.where(is_class, -1, 0)
-    else:
-        picture = number // lines
-        line = number % lines
-        token = picture.to(tl.int64) * (rows * columns) + line * tl.where(down, 1, columns)
-    mask = (picture < batch) & in_part
-    p_x = token * C + c + begin * stride
-    p_grads = p_x + (behind - 1) * stride
-    b_before = load_rows(grads, p_grads, mask & (begin - 1 + behind >= first_step))
     b_weights = ()
     for i in tl.static_range(M):
         # of the loaded gradients: those of the token, or those of its neighbour
         b_weight = tl.where(behind > 0, 1 - b_mus[i], b_mus[i])
         b_weights = b_weights + (tl.where(passes, 1.0, b_weight),)
     sums = (tl.zeros((BL, BC), tl.float32),) * M
-    for step in tl.range(begin, end, num_stages=STAGES):
-        p_grads += stride
-        b_loaded = load_rows(grads, p_grads, mask & (step < end_grads))
-        b_y = tl.load(x + p_x, mask=mask & (step < end_x), other=0.0).to(tl.float32)
-        b_other = b_before
-        if HEAD % 4 != 0:
-            # a difference that is exactly 0, whatever the token before has
-            b_other = choose_rows(passes, b_loaded, b_before)
-        b_dx, sums = mix_gradients(to_float(b_loaded), to_float(b_other), b_y, b_weights, sums)
-        tl.store(dx + p_x, b_dx.to(dx.dtype.element_ty), mask=mask & (step < end_x))
-        b_before = b_loaded
-        p_x += stride
+    if SEVERAL:
+        strips = tl.where(down, strips_down, strips_along)
+        for i in range(strips):
+            number = (run // pieces * strips + i) * BL + tl.arange(0, BL)[:, None]
+            sums = walk_lines(
+                grads, x, dx, number, c, in_part, behind, passes, b_weights, sums, batch, rows,
+                columns, down, lines, steps, begin, end, C, HEAD, CLASS_TOKEN, STAGES,
+            )  # fmt: skip
+    else:
+        number = run // pieces * BL + tl.arange(0, BL)[:, None]
+        sums = walk_lines(
+            grads, x, dx, number, c, in_part, behind, passes, b_weights, sums, batch, rows,
+            columns, down, lines, steps, begin, end, C, HEAD, CLASS_TOKEN, STAGES,
+        )  # fmt: skip
     # where the token is behind, the differences are those of the neighbour from the token
     sign = tl.where(passes, 0.0, tl.where(behind > 0, -1.0, 1.0))
     p_partial = partial + run.to(tl.int64) * (M * C) + c
@@ -248,6 +284,38 @@ def q_shift_mix_norm_bwd_kernel(
     tl.store(p_partial + (M + 1) * C, tl.sum(dbias, 0, keep_dims=True), mask=c < C)
 
 
+class Division(NamedTuple):
+    """Division of the lines of a grid into programs, each way: along rows, down columns.
+
+    Attributes:
+        lengths: Tokens of a piece of a line.
+        strips: Strips of LINES lines of a program.
+        runs: Programs for each part of the channels: the more of both ways.
+    """
+
+    lengths: tuple[int, int]
+    strips: tuple[int, int]
+    runs: int
+
+
+def divide(batch: int, rows: int, columns: int, class_token: bool, parts: int) -> Division:
+    """Division of `batch` grids whose channels are in so many parts."""
+    ways = (rows, columns), (columns, rows)  # lines and their lengths
+    strips = [ceil_div(batch * (lines + class_token), LINES) for lines, _ in ways]
+    of_program = [ceil_div(n, MOST_RUNS) for n in strips]
+    groups = [ceil_div(n, of) for n, of in zip(strips, of_program, strict=True)]
+    lengths = []
+    for n, (_, steps) in zip(groups, ways, strict=True):
+        # the way with fewer lines has programs as many as the other, in any case
+        pieces = max(ceil_div(LINE_PROGRAMS, n * parts), max(groups) // n)
+        lengths.append(max(ceil_div(steps, pieces), LEAST_STEPS))
+    runs = max(
+        n * ceil_div(steps, length)
+        for n, (_, steps), length in zip(groups, ways, lengths, strict=True)
+    )
+    return Division((lengths[0], lengths[1]), (of_program[0], of_program[1]), runs)
+
+
 def q_shift_mix_backward(
     grads: Sequence[Tensor],
     x: Tensor,
@@ -288,16 +356,11 @@ def _plain(
     down = head // 4 * 2  # channels with neighbours in the column
     parts = ceil_div(head - down, LINE_CHANNELS) + ceil_div(down, LINE_CHANNELS)
     parts *= heads
-    # lines and their lengths, for rows and for columns
-    ways = ((rows, columns), (columns, rows))
-    strips = [ceil_div(batch * (lines + class_token), LINES) for lines, _ in ways]
-    pieces = ceil_div(LINE_PROGRAMS, max(strips) * parts)
-    length = max(ceil_div(max(rows, columns), pieces), LEAST_STEPS)
-    runs = max(n * ceil_div(steps, length) for n, (_, steps) in zip(strips, ways, strict=True))
+    division = divide(batch, rows, columns, class_token, parts)
     dx = torch.empty_like(x)
-    partial = x.new_empty((runs, len(mus) * channels), dtype=torch.float32)
+    partial = x.new_empty((division.runs, len(mus) * channels), dtype=torch.float32)
     vector = vector_size(x, heads)
-    q_shift_mix_bwd_kernel[(runs * parts,)](
+    q_shift_mix_bwd_kernel[(division.runs * parts,)](
         grads,
         x,
         mus,
@@ -306,7 +369,8 @@ def _plain(
         batch,
         rows,
         columns,
-        length,
+        *division.lengths,
+        *division.strips,
         C=channels,
         HEAD=head,
         CLASS_TOKEN=class_token,
@@ -314,6 +378,7 @@ def _plain(
         BC=LINE_CHANNELS,
         VEC=vector,
         STAGES=LINE_STAGES,
+        SEVERAL=max(division.strips) > 1,
         num_warps=min(LINES * LINE_CHANNELS // vector // 32, 4),
         num_stages=1,
     )

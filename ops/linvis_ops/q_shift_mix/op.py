@@ -28,7 +28,9 @@ def q_shift_mix_fwd(
     backend: str,
 ) -> list[Tensor]:
     """Forward operator: the mixes, then the statistics (2, B, T) of the norm if there is one."""
-    chosen = _dispatch.select('q_shift_mix', backend, x, *mus)
+    # the backward pass is given gradients of this dtype
+    mixes = [x.new_empty(0, dtype=dtype)] if dtype == torch.float64 else []
+    chosen = _dispatch.select('q_shift_mix', backend, x, *mus, *mixes)
     with without_autocast(x):
         return chosen.forward(x, mus, weight, bias, eps, rows, columns, heads, dtype or x.dtype)
 
