@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._chunks import Launch, Rows
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import LOG2E, exp2
 from linvis_ops._triton_tiles import (
@@ -370,7 +371,7 @@ def entering_states(
     kinds = sources * (1 + bidirectional)
     shape = (kinds, batch, heads, launch.segments, value_width, key_width)
     states = v.new_empty(shape, dtype=torch.float32)
-    slices = triton.cdiv(value_width, launch.values)
+    slices = ceil_div(value_width, launch.values)
     retention_state_kernel[(batch * heads * launch.segments, slices, sources)](
         q if go else None, k, v, go[0] if go else None, log_gamma, states, tokens, heads,
         launch.chunks, launch.segment, launch.segments, *rows.strides, *(() if go else (0, 0, 0)),
@@ -378,7 +379,7 @@ def entering_states(
         BV=launch.values, BIDIRECTIONAL=bidirectional, num_warps=launch.warps,
         num_stages=launch.stages,
     )  # fmt: skip
-    blocks = triton.cdiv(key_width * value_width, SCAN_ELEMENTS)
+    blocks = ceil_div(key_width * value_width, SCAN_ELEMENTS)
     retention_scan_kernel[(kinds * batch * heads, blocks)](
         states, log_gamma, launch.segments, heads, batch * heads, launch.segment * launch.length,
         K=key_width, V=value_width, BLOCK=SCAN_ELEMENTS, num_warps=2,
@@ -427,7 +428,7 @@ def retention_forward(
     with on_device(v):
         states = entering_states(rows, log_gamma, launch, bidirectional)
         room = room_of_walk(rows, launch, bidirectional)
-        slices = triton.cdiv(value_width, launch.values)
+        slices = ceil_div(value_width, launch.values)
         retention_out_kernel[(batch * heads * launch.segments, slices)](
             *rows.tensors, log_gamma, o, states, room, tokens, heads, launch.chunks, launch.segment,
             launch.segments, key_width**-0.5 if scale is None else scale, *rows.strides,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._chunks import LEAST, Launch, power_of_two
+from linvis_ops._sizes import ceil_div
 from linvis_ops._triton import on_device
 from linvis_ops._triton_tiles import place
 from linvis_ops.retention.kernels_triton import entering_states, load_log2, room_of_walk, walk
@@ -110,7 +111,7 @@ def retention_backward(
             bv = min(power_of_two(values), max(launch.keys * launch.values // bk, LEAST))
             room = room_of_walk(rows, launch, bidirectional, outputs)
             programs = outputs * batch * heads * launch.segments
-            retention_gradient_kernel[(programs, triton.cdiv(values, bv))](
+            retention_gradient_kernel[(programs, ceil_div(values, bv))](
                 *rows.tensors, log_gamma, states, room, dq, dk, dv, tokens, heads, launch.chunks,
                 launch.segment, launch.segments, key_width**-0.5 if scale is None else scale,
                 *rows.strides, ALIGN=rows.align, K=keys, V=values, L=launch.length, BK=bk, BV=bv,

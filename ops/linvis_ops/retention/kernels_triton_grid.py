@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linvis_ops._chunks import Rows, rows_of
+from linvis_ops._sizes import ceil_div, next_power_of_two
 from linvis_ops._triton import on_device
 from linvis_ops._triton_math import exp2
 from linvis_ops._triton_tiles import add_product, as_operand, cast, operand, place, product
@@ -334,19 +335,19 @@ class Grid:
         )
         bk, bv = launch.widths(key_width, value_width, x.dtype)
         seen = self.seen(reverse)
-        retention_line_kernel[(batch * heads * lines, triton.cdiv(value_width, bv), kinds)](
+        retention_line_kernel[(batch * heads * lines, ceil_div(value_width, bv), kinds)](
             x, y, self.log_gamma, states, self.tokens, heads, self.rows, self.columns, tiles,
             length, lines, *keys.strides, ALIGN=keys.align, K=key_width, V=value_width,
-            L=max(triton.next_power_of_2(length), 16), BK=bk, BV=bv, VERTICAL=vertical, SEEN=seen,
+            L=max(next_power_of_two(length), 16), BK=bk, BV=bv, VERTICAL=vertical, SEEN=seen,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         state = key_width * value_width
         block = MIX_ELEMENTS[0 if short else 1]
-        grid = (kinds * batch * heads * (tiles - 1), triton.cdiv(state, block))
+        grid = (kinds * batch * heads * (tiles - 1), ceil_div(state, block))
         dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(x.dtype, tl.float32)
         retention_mix_kernel[grid](
             states, mixed, self.log_gamma, heads, tiles - 1, lines, other_tiles, other_length,
-            STATE=state, LINES=max(triton.next_power_of_2(other_length), 16), BLOCK=block,
+            STATE=state, LINES=max(next_power_of_two(other_length), 16), BLOCK=block,
             SEEN=seen, ACROSS=vertical and other_tiles > 1, DTYPE=dtype, num_warps=2,
         )  # fmt: skip
         return mixed
@@ -369,7 +370,7 @@ class Grid:
         by, bx = launch.block_rows, launch.block_columns
         blocks = -(-self.rows // by) * -(-self.columns // bx)
         blocks += -(-self.all_rows // by) - -(-self.rows // by)
-        retention_block_kernel[(batch * heads * blocks, triton.cdiv(value_width, bv))](
+        retention_block_kernel[(batch * heads * blocks, ceil_div(value_width, bv))](
             q, k, v, r[0] if r else None, self.log_gamma, o, other_o, *states, self.tokens, heads,
             self.rows, self.columns, launch.tile_rows // by, launch.tile_columns // bx, scale,
             *tokens.strides, *(() if r else (0, 0, 0)), ALIGN=tokens.align, K=key_width,
