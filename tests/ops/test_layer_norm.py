@@ -284,8 +284,9 @@ def test_compiles_without_recompiling_for_a_new_size():
         ({'eps': '1e-6'}, TypeError, "eps must be a number from 0 on, got '1e-6'"),
         ({'eps': -1.0}, TypeError, 'eps must be a number from 0 on, got -1.0'),
         ({'centred': 'no'}, TypeError, "centred must be True or False, got 'no'"),
-        ({'dtype': 'bf16'}, TypeError, 'dtype must be a floating dtype, got bf16'),
-        ({'dtype': torch.int8}, TypeError, 'dtype must be a floating dtype, got torch.int8'),
+        ({'dtype': 'bf16'}, TypeError, "dtype must be float32, .* or None, got 'bf16'"),
+        ({'dtype': torch.int8}, TypeError, 'dtype must be float32, .* or None, got torch.int8'),
+        ({'dtype': torch.float8_e5m2}, TypeError, 'dtype must be float32, .* or None, got torch'),
         ({'backend': 'cuda'}, BackendUnavailableError, "no backend 'cuda'"),
     ],
 )

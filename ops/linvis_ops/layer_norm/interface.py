@@ -32,8 +32,8 @@ def layer_norm(
         bias: (C,), or None for zero.
         eps: Added to the variance.
         centred: LayerNorm; otherwise RMSNorm.
-        dtype: Floating dtype of the result; None: that of x. A layer that computes in lower
-            precision next asks for that here, which saves writing and reading it in full.
+        dtype: Dtype of the result, one of those of x; None: that of x. A layer that computes in
+            lower precision next asks for that here, which saves writing and reading it in full.
         backend: 'auto', or one of `available_backends('layer_norm')`. 'torch' is PyTorch's own
             norm, with all that autograd can do; what `torch.compile` and `torch.export` see of
             'auto' is that too, since a compiler fuses it with its neighbours. 'reference' is the
@@ -67,8 +67,10 @@ def layer_norm(
         raise TypeError(f'{NAME}: eps must be a number from 0 on, got {eps!r}.')
     if not isinstance(centred, bool):
         raise TypeError(f'{NAME}: centred must be True or False, got {centred!r}.')
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f'{NAME}: dtype must be a floating dtype, got {dtype}.')
+    if dtype is not None and dtype not in _checks.TOKEN_DTYPES:
+        raise TypeError(
+            f'{NAME}: dtype must be float32, float16, bfloat16, float64 or None, got {dtype!r}.'
+        )
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == _dispatch.REFERENCE:
         with without_autocast(x):
