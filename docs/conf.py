@@ -41,5 +41,6 @@ napoleon_custom_sections = ['Source']
 html_theme = 'furo'
 html_title = f'linvis {release}'
 html_show_sourcelink = False
-html_static_path: list[str] = []
+html_static_path = ['_static']
+html_css_files = ['linvis.css']
 highlight_language = 'none'
