@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +21,8 @@ PAGE = Path('ops/benchmarks.md')
 FOLDER = Path('benchmarks')  # of results and pictures
 PATTERN = 'ops_*.json'
 NOTHING = 'Nothing has been measured yet.'
+NOT_MEASURED = 'not measured'
+STOPPED = 'This run was stopped before its end: what is missing was not reached.'
 COPY = 'copy'
 INTRODUCTION = """\
 # Speed of the operators
@@ -32,6 +33,7 @@ Made by `python ops/benchmarks/page.py` from `docs/benchmarks/ops_*.json`.
 # Colours that stay apart for colour-blind eyes (Okabe and Ito).
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 COPY_COLOUR = '#666666'
+APART = 1.5  # ratio of numbers of tokens that a logarithmic axis shows apart
 
 
 def page(named_results: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -48,8 +50,10 @@ def page(named_results: Sequence[tuple[str, dict[str, Any]]]) -> str:
         parts.append(f'## {operator}\n')
         for name, result in named_results:
             for dtype, rows in _by_dtype(result, operator).items():
+                file = f' (`{name}`)' if _in_several_files(named_results, operator) else ''
                 parts += [
-                    f'### {operator}, {dtype}, {result["header"]["gpu"]}\n',
+                    f'### {operator}, {dtype}, {result["header"]["gpu"]}{file}\n',
+                    '' if _complete(result['header']) else f'{STOPPED}\n',
                     f'{_picture_alt(operator, dtype, name)}\n',
                     _table(rows),
                     _explanation(rows),
@@ -67,16 +71,32 @@ def pictures(named_results: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, F
         for operator in dict.fromkeys(row['op'] for row in result['rows']):
             for dtype, rows in _by_dtype(result, operator).items():
                 title = f'{operator}, {dtype}, {result["header"]["gpu"]}'
+                if _in_several_files(named_results, operator):
+                    title += f' ({name})'
                 file = _picture_name(operator, dtype, name)
                 drawn[file] = draw(rows, result['header']['copy_gb_s'], title)
     return drawn
+
+
+def _in_several_files(named_results: Sequence[tuple[str, dict[str, Any]]], operator: str) -> bool:
+    """Whether the name of an operator alone does not say which file is meant."""
+    having = [
+        name for name, result in named_results if any(r['op'] == operator for r in result['rows'])
+    ]
+    return len(having) > 1
+
+
+def _complete(header: Row) -> bool:
+    """Whether the run came to its end, as far as its file says."""
+    return bool(header.get('complete', True))
 
 
 def draw(rows: Sequence[Row], copy_gb_s: float, title: str) -> Figure:
     """Time an element against T, a panel for each pass.
 
     Shapes differ in B and C as well, so the time is divided by the number of elements: what takes
-    time in proportion to its input lies on a level line.
+    time in proportion to its input lies on a level line. Every shape is a point; of shapes with
+    nearly the same T, the line goes through the one measured first.
 
     Args:
         rows: Rows of one operator and dtype.
@@ -102,26 +122,24 @@ def draw(rows: Sequence[Row], copy_gb_s: float, title: str) -> Figure:
 
 def _draw_pass(axis: Axes, rows: Sequence[Row], pass_name: str, copy_gb_s: float) -> None:
     rivals = [name for name in _implementations(rows) if name != COPY]
+    same = [row for row in rows if row['pass'] == pass_name]
+    on_line = _on_line(same)
     for index, name in enumerate(rivals):
-        chosen = [row for row in rows if row['pass'] == pass_name and row['impl'] == name]
+        chosen = sorted((row for row in same if row['impl'] == name), key=_tokens)
         if not chosen:
             continue
-        points = [(row['tokens'], row['ms'] * 1e9 / row['elements']) for row in chosen]
-        tokens = sorted({x for x, _ in points})
-        means = [geometric_mean([y for x, y in points if x == t]) for t in tokens]
         ours = chosen[0]['ours']
-        colour = COLOURS[index % len(COLOURS)]
-        axis.plot(
-            tokens,
-            means,
-            '-' if ours else '--',
-            color=colour,
-            linewidth=2.4 if ours else 1.4,
-            marker='o' if ours else 's',
-            markersize=6 if ours else 4,
-            label=name,
-        )
-    same = [row for row in rows if row['pass'] == pass_name]
+        points: dict[str, Any] = {
+            'color': COLOURS[index % len(COLOURS)],
+            'marker': 'o' if ours else 's',
+            'markersize': 6 if ours else 4,
+        }
+        joined = [row for row in chosen if row['shape'] in on_line]
+        beside = [row for row in chosen if row['shape'] not in on_line]
+        style, width = ('-', 2.4) if ours else ('--', 1.4)
+        axis.plot(*_points(joined), style, linewidth=width, label=name, **points)
+        if beside:
+            axis.plot(*_points(beside), linestyle='', **points)
     least = max(row['least_bytes'] / row['elements'] for row in same)
     axis.axhline(
         least * 1e3 / copy_gb_s, color=COPY_COLOUR, linestyle=':', label='least traffic,\nas a copy'
@@ -140,9 +158,28 @@ def _apart(ticks: Sequence[int]) -> list[int]:
     """Those ticks that are far enough apart to be read on a logarithmic axis."""
     kept: list[int] = []
     for tick in ticks:
-        if not kept or tick > 1.5 * kept[-1]:
+        if not kept or tick > APART * kept[-1]:
             kept.append(tick)
     return kept
+
+
+def _on_line(rows: Sequence[Row]) -> list[dict[str, int]]:
+    """Shapes that are joined by a line: of those with nearly the same T, the first."""
+    kept: list[Row] = []
+    for row in rows:
+        ratios = [row['tokens'] / other['tokens'] for other in kept]
+        if all(max(ratio, 1 / ratio) > APART for ratio in ratios):
+            kept.append(row)
+    return [row['shape'] for row in kept]
+
+
+def _points(rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+    """T and picoseconds an element."""
+    return [row['tokens'] for row in rows], [row['ms'] * 1e9 / row['elements'] for row in rows]
+
+
+def _tokens(row: Row) -> int:
+    return int(row['tokens'])
 
 
 def _by_dtype(result: dict[str, Any], operator: str) -> dict[str, list[Row]]:
@@ -188,7 +225,7 @@ def _table(rows: Sequence[Row]) -> str:
                 f'{best["peak_mib"]:,.0f}',
             ]
         elif ours:
-            line += ['', '', '']
+            line += [NOT_MEASURED] * 3
         lines.append(line)
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
 
@@ -210,7 +247,7 @@ def _explanation(rows: Sequence[Row]) -> str:
 
 def _cell(row: Row | None, fastest: Row | None) -> str:
     if row is None:
-        return ''
+        return NOT_MEASURED
     text = f'{row["ms"]:.4f}' if row['ms'] < 1 else f'{row["ms"]:.3f}'
     text = f'**{text}**' if row is fastest else text
     return text if row['graph'] else f'{text}\\*'
@@ -236,7 +273,7 @@ def _origin(name: str, header: Row) -> str:
     """One line on what a file was measured with."""
     commit = f'commit `{header["commit"][:10]}`' if header['commit'] else 'commit not recorded'
     changed = ' with uncommitted changes' if header['dirty'] else ''
-    end = '' if header.get('complete', True) else ' was stopped before its end.'
+    end = '' if _complete(header) else ' was stopped before its end.'
     return (
         f'* `{name}.json`: {header["gpu"]}, driver {header["driver"]}, torch {header["torch"]}, '
         f'triton {header["triton"]}, {header["date"]}, {commit}{changed}. '
@@ -255,9 +292,23 @@ def _picture_alt(operator: str, dtype: str, name: str) -> str:
 
 
 def load(docs: Path) -> list[tuple[str, dict[str, Any]]]:
-    """All result files of a docs folder, by name."""
+    """All result files of a docs folder, by name.
+
+    Raises:
+        ValueError: If there are none, or one of them has another layout.
+    """
     files = sorted((docs / FOLDER).glob(PATTERN))
-    return [(file.stem, results.read(file)) for file in files]
+    if not files:
+        raise ValueError(f'there are no results {docs / FOLDER / PATTERN}.')
+    return [(file.stem, _read(file)) for file in files]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return results.read(file)
+    # JSON of other things than objects may raise a TypeError
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{file} holds no results: {error}') from error
 
 
 def write(docs: Path) -> list[Path]:
@@ -270,7 +321,7 @@ def write(docs: Path) -> list[Path]:
         What was written.
 
     Raises:
-        ValueError: If a file has another layout.
+        ValueError: If there are no results, or a file has another layout.
     """
     named_results = load(docs)
     drawn = pictures(named_results)
