@@ -13,7 +13,6 @@ ours, and `empty_like`, which launches nothing. Exit status: 2 without a GPU.
 import argparse
 import json
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         operators = named(args.op)
     except ValueError as error:
         return run.complain(f'host_time.py: {error}')
-    command = shlex.join(['python', 'ops/benchmarks/host_time.py', *argv])
+    command = results.command('ops/benchmarks/host_time.py', argv)
     header = {**results.make_header(run.OPS, command, None), 'cpu': processor()}
     print(json.dumps(header, indent=1))
     rows = []

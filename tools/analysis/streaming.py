@@ -25,7 +25,6 @@ where that may count. Exit status: 0, 1 if a streamed form failed, 2 for a wrong
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -328,7 +327,7 @@ class Bar:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and print every form at every height."""
     torch.backends.cudnn.allow_tf32 = False  # the default of matrix products already
-    command = f'python {shlex.join(["tools/analysis/streaming.py", *sys.argv[1:]])}'
+    command = throughput.results.command('tools/analysis/streaming.py', sys.argv[1:])
     header = throughput.header_of(command, args.commit, args.device)
     generator = torch.Generator().manual_seed(0)
     size = 3, args.height[-1], args.width
