@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import layer_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvis_ops import BackendUnavailableError, available_backends, q_shift, q_shift_mix
+from linvis_ops import BackendUnavailableError, q_shift, q_shift_mix
 from linvis_ops._triton import interpreting
 from linvis_ops.q_shift_mix.op import q_shift_mix_bwd, q_shift_mix_fwd
 from linvis_ops.testing import assert_matches
@@ -206,36 +206,6 @@ def test_long_lines_and_several_strips_of_a_program_in_the_interpreter(
     division = kernels.divide(2, *hw, bool(class_token), parts=2)
     assert max(division.strips) > 1
     check_against_float64('triton', hw, 1, False, inputs(hw, 12, class_token, 2, False))
-
-
-# pictures, rows, columns, parts of the channels
-TIMED = {(128, 14, 14, 6): ((14, 14), 224), (16, 64, 64, 6): ((64, 64), 128)}
-ELONGATED = [
-    (b, *hw, 6) for b in (1, 16) for n in (1, 8, 16) for hw in ((n, 4096), (65536 // n, n))
-]
-
-
-@pytest.mark.parametrize('class_token', [False, True])
-@pytest.mark.parametrize('shape', [*TIMED, *ELONGATED, (1, 1, 1, 1), (2, 50, 84, 24)])
-def test_division_of_the_backward_pass(shape, class_token):
-    pytest.importorskip('triton')
-    from linvis_ops.q_shift_mix import kernels_triton_backward as kernels
-
-    batch, rows, columns, parts = shape
-    division = kernels.divide(batch, rows, columns, class_token, parts)
-    walks = []
-    for way, (lines, steps) in enumerate(((rows, columns), (columns, rows))):
-        length, strips = division.lengths[way], division.strips[way]
-        programs = division.runs // -(-steps // length)
-        assert programs * strips * kernels.LINES >= batch * (lines + class_token)
-        walks.append(min(length, steps) * strips)
-    assert division.runs <= kernels.MOST_RUNS
-    tokens = batch * rows * columns
-    # no program walks much longer than an even share, at least as in squares
-    share = tokens / (kernels.LINES * division.runs)
-    assert max(walks) <= max(4 * share, 64)
-    if shape in TIMED and not class_token:
-        assert division == (TIMED[shape][0], (1, 1), TIMED[shape][1])
 
 
 @pytest.mark.gpu
@@ -526,14 +496,3 @@ def test_unknown_backend_is_refused():
         match="no backend 'tritn'; choose one of auto, triton, torch, reference",
     ):
         q_shift_mix(x, hw, mus, backend='tritn')
-
-
-def test_kernels_say_what_they_cannot_take():
-    float64 = torch.zeros(1, 1, 8, dtype=F64)
-    many = torch.zeros(1).expand(2**16, 2**15, 8)
-    for operator in ('q_shift', 'q_shift_mix'):
-        assert available_backends(operator, float64)['torch'] is None
-        if available_backends(operator)['triton'] is None:
-            assert 'not torch.float64' in available_backends(operator, float64)['triton']
-        if interpreting():
-            assert 'up to 2**30 tokens' in available_backends(operator, many)['triton']
