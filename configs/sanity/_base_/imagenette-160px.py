@@ -8,7 +8,11 @@ the time.
 _base_ = './imagenette.py'
 
 train_pipeline = [
-    dict(step, scale=160) if step['type'] == 'mmpretrain.RandomResizedCrop' else step
-    for step in _base_.train_pipeline
+    dict(type='linvis.LoadGuard', transforms=[dict(type='LoadImageFromFile')]),
+    dict(type='mmpretrain.RandomResizedCrop', scale=160, crop_ratio_range=(0.25, 1.0)),
+    # where pictures are smallest, and before OpenCV meets the negative strides that flips return
+    dict(type='mmpretrain.ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
+    dict(type='mmpretrain.RandomFlip', prob=0.5),
+    dict(type='mmpretrain.PackInputs', meta_keys=()),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
