@@ -141,7 +141,7 @@ def classify(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Tens
             'A classifier that takes a picture in bands needs a LinearClsHead, got '
             f'{type(model.head).__name__}.'
         )
-    (features,) = backbone.stream(_normalised(model, bands), height)
+    (features,) = _features(backbone, _normalised(model, bands), height)
     with torch.no_grad():
         return model.head(features)[0].float().softmax(-1)  # type: ignore[operator]
 
@@ -215,8 +215,13 @@ def _together(
             size[1] = band.shape[-1]
             yield band
 
-    for maps in backbone.stream(counted(), height):
+    for maps in _features(backbone, counted(), height):
         yield maps, (size[0], size[1])
+
+
+def _features(backbone: ViR, bands: Iterator[Tensor], height: int) -> Iterator[tuple[Tensor, ...]]:
+    """Features of bands, on a GPU by a CUDA graph."""
+    return backbone.stream(bands, height, cuda_graph=backbone.cls_token.is_cuda)
 
 
 def _streamed_backbone(model: nn.Module) -> ViR:

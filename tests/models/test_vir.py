@@ -1,17 +1,14 @@
 import math
 from ast import literal_eval
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvis.models import ViR
-from linvis.models.layers import LayerScale, PreNormBlock, Retention, resize_position_embedding
-from linvis.models.layers.position import resize_position_embedding_rows
+from linvis.models.layers import LayerScale, PreNormBlock, Retention
 from linvis.models.layers.retention import log_decays
 
 KEY_LISTS = Path(__file__).parents[3] / 'shared' / 'reference' / 'checkpoint_keys'
@@ -162,105 +159,6 @@ def test_class_token_is_an_output():
     assert torch.equal(outputs[0][:, -1], outputs[1])
 
 
-@pytest.mark.parametrize('out_type', ['featmap', 'raw', 'avg_featmap', 'cls_token'])
-@pytest.mark.parametrize(('decay', 'head_norm'), [('1d', False), ('2d', False), ('2d', True)])
-@pytest.mark.parametrize('heights', [[40], [16, 24], [16, 16, 8], [32, 3]])
-def test_bands_give_the_features_of_the_whole(decay, head_norm, out_type, heights):
-    backbone = randomised(
-        ViR(
-            ARCH,
-            retention=decay,
-            head_norm=head_norm,
-            img_size=64,
-            patch_size=8,
-            out_type=out_type,
-            out_indices=(0, 1),
-        )
-    )
-    assert ('blocks.0.retention.head_norm.weight' in backbone.state_dict()) == head_norm
-    images = torch.randn(2, 3, sum(heights), 28)
-    expected = backbone(images)
-    bands = list(backbone.stream(iter(images.split(heights, dim=2)), images.shape[2]))
-    joined = bands[0]
-    if out_type in ('featmap', 'raw'):
-        assert len(bands) == len(heights)
-        along = 2 if out_type == 'featmap' else 1
-        joined = [torch.cat(parts, along) for parts in zip(*bands, strict=True)]
-    for a, e in zip(joined, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
-        assert not a.requires_grad
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names[function.__name__.split('.')[0]] += 1
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize('decay', ['1d', '2d'])
-def test_bands_run_by_the_operator_in_as_many_calls_whatever_their_height(decay):
-    backbone = ViR(ARCH, retention=decay, img_size=64, patch_size=8, backend='torch')
-    numbers = []
-    for rows in (1, 40):
-        images = torch.randn(1, 3, 3 * 8 * rows, 160)
-        parts = backbone.stream(images.split(8 * rows, dim=2), images.shape[2])
-        next(parts)  # before it there is no state
-        with Calls() as calls:
-            next(parts)
-        assert calls.names['retention_fwd'] == ARCH['depth']
-        numbers.append(calls.names.total())
-    assert numbers[0] == numbers[1]
-
-
-def test_backend_of_the_layers_is_that_of_bands():
-    backbone = ViR(ARCH, img_size=64, patch_size=8, backend='reference')
-    with Calls() as calls:
-        list(backbone.stream([torch.randn(1, 3, 16, 16)], 16))
-    assert 'retention_fwd' not in calls.names
-
-
-def test_rows_of_the_position_embedding():
-    pos_embed = torch.randn(1, 4 * 5, 3)
-    for target in ((4, 5), (4, 9), (11, 5), (9, 2)):
-        whole = resize_position_embedding(pos_embed, (4, 5), target).unflatten(1, target)
-        for rows in (range(2), range(1, target[0])):
-            part = resize_position_embedding_rows(pos_embed, (4, 5), target, rows)
-            torch.testing.assert_close(part, whole[:, rows.start : rows.stop].flatten(1, 2))
-
-
-@pytest.mark.parametrize(
-    ('shapes', 'height', 'message'),
-    [
-        ([(8, 16), (10, 16), (6, 16)], 24, 'must have a multiple of 8 rows of pixels, got 10'),
-        ([(8, 16), (8, 24)], 16, r'of the first one, \(1, 16\), got \(1, 24\)'),
-        ([(8, 16), (16, 16)], 16, 'have 24 rows of pixels or more, the picture 16'),
-        ([(8, 16), (8, 16)], 24, 'have 16 rows of pixels in all, not 24'),
-    ],
-)
-def test_bands_that_are_no_picture_are_refused(shapes, height, message):
-    backbone = ViR(ARCH, img_size=64, patch_size=8)
-    bands = [torch.zeros(1, 3, *shape) for shape in shapes]
-    with pytest.raises(ValueError, match=message):
-        list(backbone.stream(bands, height))
-
-
-@pytest.mark.parametrize('height', [0, 8.0])
-def test_height_that_is_no_number_of_rows_is_refused(height):
-    with pytest.raises(ValueError, match='height must be a number of rows from 1 on, got'):
-        ViR(ARCH).stream([], height)
-
-
-def test_bands_that_are_no_pictures_are_refused():
-    with pytest.raises(ValueError, match=r'ViR takes pictures \(B, 3, H, W\)'):
-        list(ViR(ARCH).stream([torch.zeros(3, 16, 16)], 16))
-
-
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_the_decays(dtype):
     backbone = randomised(ViR(ARCH, img_size=32))
@@ -287,12 +185,6 @@ def test_exports_with_a_dynamic_batch():
     )
     images = torch.randn(3, 3, 32, 48)
     torch.testing.assert_close(program.module()(images), backbone(images))
-
-
-def test_bidirectional_backbone_cannot_be_streamed():
-    backbone = ViR(ARCH, direction='bidirectional')
-    with pytest.raises(ValueError, match="stream needs direction='causal'"):
-        backbone.stream([], 16)
 
 
 @pytest.mark.parametrize(

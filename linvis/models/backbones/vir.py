@@ -201,7 +201,9 @@ class ViR(TokenBackbone):
     def _depth_of(self, name: str) -> int:
         return 0 if name == 'cls_token' else super()._depth_of(name)
 
-    def stream(self, bands: Iterable[Tensor], height: int) -> Iterator[tuple[Tensor, ...]]:
+    def stream(
+        self, bands: Iterable[Tensor], height: int, *, cuda_graph: bool = False
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Features of a picture that comes in bands of rows, in the memory that one band takes.
 
         What the rows so far leave to those that follow are states of the operator, of the size of
@@ -212,6 +214,9 @@ class ViR(TokenBackbone):
             bands: Parts of the pictures from top to bottom, each (B, in_channels, h, W) with h a
                 multiple of the patch size, but for the last one.
             height: Rows of pixels of the whole picture.
+            cuda_graph: Launch the layers as a CUDA graph from the third band of one size on. A band
+                has hundreds of launches, for which a GPU waits longer than it computes; the graph
+                takes as much memory again as the activations of a band.
 
         Yields:
             One tensor for each output index: with out_type 'featmap' and 'raw' for each band (the
@@ -219,8 +224,8 @@ class ViR(TokenBackbone):
             after the last band.
 
         Raises:
-            ValueError: If the direction is not 'causal', or the bands are not such parts of a
-                picture.
+            ValueError: If the direction is not 'causal', the bands are not such parts of a picture,
+                or a graph is wanted for bands on a CPU.
         """
         if self.direction != 'causal':
             raise ValueError(
@@ -229,4 +234,4 @@ class ViR(TokenBackbone):
             )
         if not isinstance(height, int) or height < 1:
             raise ValueError(f'height must be a number of rows from 1 on, got {height!r}.')
-        return stream_features(self, bands, height)
+        return stream_features(self, bands, height, cuda_graph=cuda_graph)

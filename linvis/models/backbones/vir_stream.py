@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def stream_features(
-    backbone: ViR, bands: Iterable[Tensor], height: int
+    backbone: ViR, bands: Iterable[Tensor], height: int, *, cuda_graph: bool
 ) -> Iterator[tuple[Tensor, ...]]:
     """What `ViR.stream` yields, which has the description."""
-    run = BandRun(backbone, height)
+    run = BandRun(backbone, height, GraphedLayers(backbone) if cuda_graph else Layers(backbone))
     for band in bands:
         outputs, hw = run.feed(band)
         if backbone.out_type == 'raw':
@@ -33,12 +33,113 @@ def stream_features(
         yield tuple((total / run.patches).to(x) for total, x in zip(run.sums, outputs, strict=True))
 
 
+class Layers:
+    """The layers of a causal ViR, band by band.
+
+    Args:
+        backbone: A causal ViR.
+    """
+
+    def __init__(self, backbone: ViR) -> None:
+        self.backbone = backbone
+        self._states = [StreamState() for _ in range(max(backbone.out_indices) + 1)]
+
+    def __call__(self, tokens: Tensor, hw: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Outputs (B, T, C) of the output indices.
+
+        Args:
+            tokens: Tokens (B, T, C) of the next band.
+            hw: Its grid, T = rows * columns, or one more with the class token.
+        """
+        by_index = []
+        for index, state in enumerate(self._states):
+            tokens = self.backbone.run_layer(index, tokens, hw, state)
+            by_index.append(tokens)
+        return tuple(by_index[index] for index in self.backbone.out_indices)
+
+
+class GraphedLayers(Layers):
+    """The same, launched as a CUDA graph from the third band of one size on.
+
+    The first band has no states, and the second one loads what the graph is made of. Bands of
+    another size than that of the graph, as the last one mostly is, are launched by the host.
+
+    Args:
+        backbone: A causal ViR.
+    """
+
+    def __init__(self, backbone: ViR) -> None:
+        super().__init__(backbone)
+        self._seen: tuple[Any, ...] | None = None
+        self._captured: tuple[Any, ...] | None = None
+        self._tokens: Tensor
+        self._outputs: tuple[Tensor, ...]
+        self._replay: Callable[[], None]
+
+    def __call__(self, tokens: Tensor, hw: tuple[int, int]) -> tuple[Tensor, ...]:
+        """As of `Layers`.
+
+        Raises:
+            ValueError: If the tokens are on no GPU.
+        """
+        check_gpu(tokens.device)
+        band = (hw, tokens.shape, tokens.dtype, tokens.device)
+        if self._captured is None and band == self._seen:
+            self._capture(tokens, hw)
+            self._captured = band
+        if band == self._captured:
+            self._tokens.copy_(tokens)
+            self._replay()
+            return tuple(output.clone() for output in self._outputs)
+        self._seen = None if self._states[0].value is None else band
+        return super().__call__(tokens, hw)
+
+    def _capture(self, tokens: Tensor, hw: tuple[int, int]) -> None:
+        for state in self._states:
+            state.fix()
+        with torch.inference_mode(False):  # what can be written in every mode
+            self._tokens = tokens.clone()
+        # what autocast has cast would be read where it lies now; what it casts belongs to the graph
+        torch.clear_autocast_cache()
+        self._outputs, self._replay = captured(
+            lambda: super(GraphedLayers, self).__call__(self._tokens, hw)
+        )
+        torch.clear_autocast_cache()
+
+
+def captured(
+    launch: Callable[[], tuple[Tensor, ...]],
+) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """A function's launches as a CUDA graph.
+
+    Args:
+        launch: Has run before, so that its kernels are there. Its launches are recorded, not run.
+
+    Returns:
+        The tensors that it gives, and a function that runs the launches and fills them.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # other threads, as of a data loader, may ask for memory meanwhile
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+        outputs = launch()
+    return outputs, graph.replay
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raise ValueError unless graphs can be made on a device."""
+    if device.type != 'cuda':
+        raise ValueError(
+            f'stream with cuda_graph=True needs bands on a CUDA GPU, got {device}; leave it out.'
+        )
+
+
 class BandRun:
     """One pass over the bands of pictures.
 
     Args:
         backbone: A causal ViR.
         height: Rows of pixels of the whole picture.
+        layers: Its layers, which have seen no band yet.
 
     Attributes:
         pixels: Rows of pixels so far.
@@ -46,14 +147,14 @@ class BandRun:
         sums: Their sums (B, C) in float32, one for each output, likewise.
     """
 
-    def __init__(self, backbone: ViR, height: int) -> None:
+    def __init__(self, backbone: ViR, height: int, layers: Layers) -> None:
         self.backbone = backbone
         self.height = height
+        self.layers = layers
         self.pixels = 0
         self.patches = 0
         self.sums: list[Tensor] = []
         self._size: tuple[int, int] | None = None
-        self._states = [StreamState() for _ in backbone.layers]
 
     @torch.no_grad()
     def feed(self, band: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
@@ -71,11 +172,7 @@ class BandRun:
         hw = grid_of(*band.shape[-2:])
         if self.pixels == self.height:
             tokens = backbone.with_cls_token(tokens)
-        by_index = {}
-        for index in range(max(backbone.out_indices) + 1):
-            tokens = backbone.run_layer(index, tokens, hw, self._states[index])
-            by_index[index] = tokens
-        outputs = tuple(by_index[index] for index in backbone.out_indices)
+        outputs = self.layers(tokens, hw)
         if backbone.out_type == 'avg_featmap':
             patches = hw[0] * hw[1]
             self.patches += patches

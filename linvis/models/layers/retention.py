@@ -32,7 +32,27 @@ class StreamState:
     """
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
+        self._value: Tensor | None = None
+        self._fixed = False
+
+    @property
+    def value(self) -> Tensor | None:
+        """State of the operator."""
+        return self._value
+
+    @value.setter
+    def value(self, new: Tensor) -> None:
+        if self._fixed and self._value is not None:
+            self._value.copy_(new)
+        else:
+            self._value = new
+
+    def fix(self) -> None:
+        """Keep all values from now on in one place in memory, as a CUDA graph needs it."""
+        assert self._value is not None
+        with torch.inference_mode(False):  # what can be written in every mode
+            self._value = self._value.clone()
+        self._fixed = True
 
 
 class Retention(nn.Module):
