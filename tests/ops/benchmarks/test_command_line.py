@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import results, run, verify
+from benchmarks import passes, results, run, verify
+from benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ['--op', 'bi_wkv', '--shape', '2x3x64', '--dtype', 'float32', '--pass', 'fwd']
@@ -46,18 +48,69 @@ def test_rows_are_printed_and_written(with_gpu, capsys, tmp_path):
     assert '"copy_gb_s"' in out
 
 
-def test_yardsticks_are_the_fastest_big_copy_and_an_idle_call(timer, monkeypatch):
-    """The stand-in takes 2 ms for everything, so the biggest copy is the fastest."""
+@pytest.fixture
+def paced(timer, monkeypatch):
+    """A timer whose calls take 3, 2, 1, 2, 2 and 2 ms."""
+    milliseconds = iter([3.0, 2.0, 1.0, 2.0, 2.0, 2.0])
+    run_once = timer.times
+
+    def times(call, repeats):
+        run_once(call, repeats)
+        return Timing([next(milliseconds)] * repeats, graph=True)
+
+    monkeypatch.setattr(timer, 'times', times)
+    return timer
+
+
+def test_yardsticks_are_the_fastest_big_copy_and_an_idle_call(paced, monkeypatch):
+    """Neither the biggest copy nor the first way is the fastest one by itself."""
     monkeypatch.setattr(run, 'BIG_COPIES', (2**24, 2**26, 2**32))
     free = 2**27
-    yardsticks = run.yardsticks(timer, 4, free)
-    assert timer.ran == 3  # one of 64 MiB, which is also all that may be taken of 4 GiB
+    yardsticks = run.yardsticks(paced, 4, free)
+    assert paced.ran == 5  # two of 64 MiB, which is also all that may be taken of 4 GiB
     assert yardsticks == {
-        'copies': {'0.02': round(2**24 / 2e-3 / 1e9, 1), '0.06': round(2**26 / 2e-3 / 1e9, 1)},
-        'copy_gb_s': round(2**26 / 2e-3 / 1e9, 1),
+        'copies': {'copy 0.02': 5.6, 'kernel 0.02': 8.4, 'copy 0.06': 67.1, 'kernel 0.06': 33.6},
+        'copy_gb_s': 67.1,
         'copy_gib': 0.06,
+        'copy_way': 'copy',
         'floor_ms': 2.0,
     }
+
+
+def test_yardstick_may_be_a_kernel_on_a_smaller_copy(paced, monkeypatch):
+    monkeypatch.setattr(run, 'BIG_COPIES', (2**24, 2**25))
+    paced.times(lambda: None, 2)  # so that the kernel on the smaller one takes 1 ms
+    yardsticks = run.yardsticks(paced, 4, 2**30)
+    assert yardsticks['copy_way'] == 'kernel'
+    assert yardsticks['copy_gb_s'] == round(2**24 / 1e-3 / 1e9, 1)
+
+
+def test_yardsticks_leave_no_buffers(timer, monkeypatch):
+    buffers = []
+    seen = []
+
+    def ways(total, device):
+        source = torch.zeros(total)
+        buffers.append(weakref.ref(source))
+        return {'copy': lambda: source.sum()}
+
+    monkeypatch.setattr(run, 'ways_to_copy', ways)
+    monkeypatch.setattr(run, 'BIG_COPIES', (8, 16))
+    monkeypatch.setattr(timer, 'release', lambda: seen.append([each() for each in buffers]))
+    run.yardsticks(timer, 2, 2**20)
+    assert seen == [[None], [None, None]]
+
+
+@pytest.mark.parametrize('total', [1, 4096])
+def test_both_ways_to_copy_move_all_bytes(total):
+    ways = passes.ways_to_copy(total, 'cpu')
+    assert list(ways) == ['copy', 'kernel']
+    target, negative = (call() for call in ways.values())
+    assert target is negative  # into one buffer
+    assert 2 * target.nbytes == max(total, 8)
+    target = ways['copy']().clone()
+    assert torch.equal(ways['kernel'](), -target)
+    assert total == 1 or target.unique().numel() > 1
 
 
 def test_failure_of_ours_is_the_exit_status(with_gpu, monkeypatch, tmp_path):
@@ -78,8 +131,8 @@ def test_stopped_run_keeps_its_rows(with_gpu, monkeypatch, tmp_path):
 
     out = tmp_path / 'ops.json'
     monkeypatch.setattr('benchmarks.passes.Copies.call', stop)
-    yardsticks = {'copies': {}, 'copy_gb_s': 1.0, 'copy_gib': 1.0, 'floor_ms': 1.0}
-    monkeypatch.setattr(run, 'yardsticks', lambda *_: yardsticks)
+    yardsticks = {'copies': {}, 'copy_gb_s': 1.0, 'copy_gib': 1.0, 'copy_way': 'copy'}
+    monkeypatch.setattr(run, 'yardsticks', lambda *_: {**yardsticks, 'floor_ms': 1.0})
     with pytest.raises(KeyboardInterrupt):
         run.main([*TINY, '--impl', 'torch', 'copy', '--out', str(out)])
     assert [row['impl'] for row in results.read(out)['rows']] == ['torch']
