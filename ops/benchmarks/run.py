@@ -15,19 +15,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import compare, results
+from benchmarks import command_line, compare, results
 from benchmarks.passes import PASSES, ways_to_copy
 from benchmarks.timing import CudaTimer, Timer
 
+if TYPE_CHECKING:  # it imports linvis_ops, which has to come from the right folder first
+    from benchmarks.measure import Selection
+
 OPS = Path(__file__).resolve().parents[1]
 DTYPES = ('bfloat16', 'float16', 'float32')
-NO_GPU = 'Operators are measured on a CUDA GPU, and PyTorch finds none.'
+NO_GPU = command_line.no_gpu('Operators are measured')
+DESCRIPTION = 'Measure the operators on a GPU, beside their rivals.'
 REPEATS = 200
 QUICK_REPEATS = 20
 # Bytes read plus bytes written of the copies that are the yardstick. Their speed depends on size
@@ -39,15 +43,19 @@ BIG_COPIES = (2**29, 2**30, 2**31, 2**32)
 def main(argv: Sequence[str] | None = None, program: str = 'run.py') -> int:
     """Measure, print the rows and write them; or compare two commits."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    if not has_gpu():
-        return complain(NO_GPU)
+    args = parser(program).parse_args(argv)
     try:
+        selection = selected(args)
+        if args.compare:
+            compare.check(args.compare)
+        if not has_gpu():
+            return command_line.complain(NO_GPU)
         if args.compare:
             return compare.main(args, measuring_arguments(argv))
-        return measure(args, shlex.join([f'ops/benchmarks/{program}', *measuring_arguments(argv)]))
+        command = shlex.join([f'ops/benchmarks/{program}', *measuring_arguments(argv)])
+        return measure(args, selection, command)
     except ValueError as error:
-        return complain(f'{program}: {error}')
+        return command_line.complain(f'{program}: {error}')
 
 
 def has_gpu() -> bool:
@@ -55,15 +63,14 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def measure(args: argparse.Namespace, command: str) -> int:
-    """Measure what the command line asks for.
+def selected(args: argparse.Namespace) -> 'Selection':
+    """What the command line asks for.
 
     Raises:
-        ValueError: If it asks for something that does not exist.
+        ValueError: If that does not exist.
     """
     use_operators(args.ops)
-    # these two import linvis_ops, which has to come from the right folder first
-    from benchmarks.measure import Measurement, Selection
+    from benchmarks.measure import Selection
     from benchmarks.registry import named
 
     repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS)
@@ -71,8 +78,15 @@ def measure(args: argparse.Namespace, command: str) -> int:
         named(args.op), args.shape, args.dtype, args.passes, args.impl, repeats, args.quick
     )
     selection.check()
+    return selection
+
+
+def measure(args: argparse.Namespace, selection: 'Selection', command: str) -> int:
+    """Measure a selection, print the rows and write them; returns the exit status."""
+    from benchmarks.measure import Measurement
+
     with CudaTimer() as timer:
-        yardstick = yardsticks(timer, repeats, torch.cuda.mem_get_info()[0])
+        yardstick = yardsticks(timer, selection.repeats, torch.cuda.mem_get_info()[0])
         header = results.make_header(
             args.ops,
             f'python {command}',
@@ -94,6 +108,8 @@ def measure(args: argparse.Namespace, command: str) -> int:
             save()  # a run that is stopped keeps what it has
         header['complete'] = True
         save()
+    if out and not args.part:
+        command_line.say_written(out)
     return int(any(row['failed'] for row in measurement.left_out))
 
 
@@ -151,18 +167,16 @@ def use_operators(folder: Path) -> None:
         raise ValueError(f'linvis_ops was imported from {found} before, not from {wanted}.')
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        description='Measure the operators on a GPU, beside their rivals.',
-        parents=[_places()],
-        allow_abbrev=False,
+def parser(program: str = 'run.py', description: str = DESCRIPTION) -> argparse.ArgumentParser:
+    """The command line of a program that measures: this one, or one that does more."""
+    made = command_line.Parser(
+        prog=program, description=description, parents=[_places()], allow_abbrev=False
     )
     made.add_argument('--op', nargs='+', default=[], metavar='NAME', help='default: all')
     made.add_argument(
         '--shape',
         nargs='+',
-        type=sizes,
+        type=command_line.sizes,
         default=[],
         metavar='SIZES',
         help='such as 128x196x192, in the order of the axes; default: those of real networks',
@@ -174,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         '--repeats',
-        type=positive,
+        type=command_line.positive,
         help=f'most repetitions of a call (default: {REPEATS}, with --quick {QUICK_REPEATS})',
     )
     made.add_argument(
@@ -187,7 +201,9 @@ def _places() -> argparse.ArgumentParser:
     """The part of the command line that says where, not what: no part of a recorded command."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     made.add_argument(
-        '--out', type=Path, help='JSON file for the results, or a folder for ops_GPU.json'
+        '--out',
+        type=command_line.out_file_or_folder,
+        help='JSON file for the results, or a folder for ops_GPU.json',
     )
     made.add_argument(
         '--compare',
@@ -199,36 +215,17 @@ def _places() -> argparse.ArgumentParser:
         type=Path,
         default=OPS,
         metavar='FOLDER',
-        help='folder of the linvis_ops to measure (default: that of this checkout)',
+        help='folder of the linvis_ops to measure, for run.py (default: that of this checkout)',
     )
     made.add_argument('--commit', help='the commit to record where git cannot tell it')
+    # one of the two measurements of a comparison, whose file is gone when that ends
+    made.add_argument('--part', action='store_true', help=argparse.SUPPRESS)
     return made
 
 
 def measuring_arguments(argv: Sequence[str]) -> list[str]:
     """The arguments that say what to measure and how, as typed."""
     return _places().parse_known_args(argv)[1]
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    """Sizes of a shape written as 128x196x192."""
-    parts = text.split('x')
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f'expected sizes such as 128x196x192, got {text!r}')
-    return tuple(int(part) for part in parts)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f'expected a whole number from 1 on, got {text!r}')
-    return int(text)
-
-
-def complain(message: str) -> int:
-    """Print one sentence to stderr; returns the exit status of what cannot be measured."""
-    print(message, file=sys.stderr)
-    return 2
 
 
 if __name__ == '__main__':

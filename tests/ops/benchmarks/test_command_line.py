@@ -1,5 +1,6 @@
-"""run.py and verify.py: arguments, files, exit status; tests before figures."""
+"""Command lines, files and exit status of run.py and verify.py; tests before figures."""
 
+import argparse
 import subprocess
 import sys
 import weakref
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import passes, results, run, verify
+from benchmarks import command_line, passes, results, run, verify
 from benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,7 +23,10 @@ def test_missing_gpu_is_told_in_one_sentence(monkeypatch, capsys, program):
     assert program.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == ''
-    assert printed.err == 'Operators are measured on a CUDA GPU, and PyTorch finds none.\n'
+    assert printed.err == (
+        'Operators are measured on a CUDA GPU, and PyTorch finds none; '
+        '`python tools/env_report.py` says what it does find.\n'
+    )
 
 
 @needs_no_gpu
@@ -44,8 +48,19 @@ def test_rows_are_printed_and_written(with_gpu, capsys, tmp_path):
     assert written['header']['floor_ms'] == 2.0
     assert written['header']['complete'] is True
     out = capsys.readouterr().out
+    assert out.endswith(f'\nWrote {tmp_path / "ops_stand-in.json"}.\n')
     assert 'bi_wkv       torch          fwd' in out
     assert '"copy_gb_s"' in out
+
+
+def test_part_of_a_comparison_names_no_file(with_gpu, capsys, tmp_path):
+    out = tmp_path / 'ops.json'
+    assert run.main([*TINY, '--impl', 'copy', '--out', str(out), '--part']) == 0
+    assert out.exists()
+    assert 'Wrote' not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(['--help'])
+    assert '--part' not in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -149,7 +164,9 @@ def test_stopped_run_keeps_its_rows(with_gpu, monkeypatch, tmp_path):
         (['--compare', 'no-such-version'], "'no-such-version' is neither a commit nor a folder"),
     ],
 )
-def test_wrong_names_are_told_in_one_sentence(with_gpu, capsys, arguments, message):
+@pytest.mark.parametrize('gpu', [True, False], ids=['gpu', 'no-gpu'])
+def test_wrong_names_are_told_in_one_sentence(monkeypatch, capsys, arguments, message, gpu):
+    monkeypatch.setattr(run, 'has_gpu', lambda: gpu)
     assert run.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -164,11 +181,64 @@ def test_malformed_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         run.main(arguments)
     assert ended.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith('run.py: ')
+    assert arguments[0] in error
+    assert error.endswith('; --help lists the options.\n')
+    assert error.count('\n') == 1
 
 
-def test_recorded_command_holds_no_paths():
-    typed = ['--out', '/home/me/x.json', *TINY, '--ops=/home/me', '--commit', 'abc', '--quick']
+def test_places_of_results_are_looked_at_before_anything_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run, 'selected', lambda _: pytest.fail('went on'))
+    for program, start in ((run, 'run.py'), (verify, 'verify.py')):
+        with pytest.raises(SystemExit) as ended:
+            program.main(['--out', str(tmp_path / 'nowhere' / 'ops.json')])
+        assert ended.value.code == 2
+        told = f'{start}: argument --out: there is no folder {tmp_path / "nowhere"}; make it first'
+        assert capsys.readouterr().err == f'{told}; --help lists the options.\n'
+
+
+@pytest.mark.parametrize('check', [command_line.out_file, command_line.out_file_or_folder])
+def test_file_that_can_be_written_is_left_as_it_is(check, tmp_path):
+    new, old = tmp_path / 'new.json', tmp_path / 'old.json'
+    old.write_text('kept')
+    assert check(str(new)) == new
+    assert check(str(old)) == old
+    assert old.read_text() == 'kept'
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_folders_are_places_for_named_files_only(tmp_path):
+    assert command_line.out_file_or_folder(str(tmp_path)) == tmp_path
+    assert command_line.out_file_or_folder(f'{tmp_path}/') == tmp_path
+    for text in (str(tmp_path), f'{tmp_path}/', f'{tmp_path}/nowhere/'):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"a file, got the folder '{text}'"):
+            command_line.out_file(text)
+    with pytest.raises(argparse.ArgumentTypeError, match='nowhere; make it first'):
+        command_line.out_file_or_folder(f'{tmp_path}/nowhere/')
+
+
+@pytest.mark.parametrize('check', [command_line.out_file, command_line.out_file_or_folder])
+def test_places_without_permission_are_told(check, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise PermissionError(13, 'Permission denied')
+
+    old = tmp_path / 'old.json'
+    old.write_text('')
+    monkeypatch.setattr('tempfile.TemporaryFile', refuse)
+    monkeypatch.setattr(Path, 'open', refuse)
+    for file in (old, tmp_path / 'new.json'):
+        told = f'{file} cannot be written: Permission denied'
+        with pytest.raises(argparse.ArgumentTypeError, match=told):
+            check(str(file))
+    if check is command_line.out_file_or_folder:
+        with pytest.raises(argparse.ArgumentTypeError, match=f'{tmp_path} cannot be written'):
+            check(str(tmp_path))
+
+
+def test_recorded_command_holds_no_paths(tmp_path):
+    places = ['--out', str(tmp_path / 'x.json'), '--ops=/home/me', '--commit', 'abc', '--part']
+    typed = [*places[:2], *TINY, *places[2:], '--quick']
     assert run.measuring_arguments(typed) == [*TINY, '--quick']
 
 
@@ -225,11 +295,30 @@ def test_green_tests_let_it_measure(with_gpu, monkeypatch):
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
-    [(['--op', 'wkv'], "no operator 'wkv'"), (['--ops', '/other'], '--ops is for run.py')],
+    [
+        (['--op', 'wkv'], "verify.py: there is no operator 'wkv'"),
+        (['--op', 'bi_wkv', '--shape', '1x2'], 'verify.py: the shape 1x2 fits no operator'),
+        (['--compare', 'no-such-version'], "'no-such-version' is neither a commit nor a folder"),
+        (['--ops', '/other'], '--ops is for run.py'),
+    ],
 )
-def test_verify_refuses_what_it_cannot_test(with_gpu, capsys, arguments, message):
+@pytest.mark.parametrize('gpu', [True, False], ids=['gpu', 'no-gpu'])
+def test_verify_refuses_what_it_cannot_measure(monkeypatch, capsys, arguments, message, gpu):
+    monkeypatch.setattr(run, 'has_gpu', lambda: gpu)
+    monkeypatch.setattr(verify, 'passed', lambda files: pytest.fail('tested'))
     assert verify.main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_help_of_verify_is_its_own(capsys):
+    with pytest.raises(SystemExit) as ended:
+        verify.main(['--help'])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith('usage: verify.py ')
+    assert 'Run the GPU tests of the operators first' in printed
 
 
 @pytest.mark.parametrize(

@@ -135,13 +135,41 @@ def test_groups_of_implementations():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'impls': ['opencl']}, "no implementation 'opencl'; there are ours, rivals, copy, cuda"),
+        (
+            {'impls': ['opencl']},
+            "no implementation 'opencl'; there are ours, rivals, copy, cuda",
+        ),
+        (
+            {'impls': ['fla_gla_x2']},
+            "no implementation 'fla_gla_x2' of bi_wkv, only of bi_gla; there are ours, rivals",
+        ),
         ({'shapes': [(1, 2)]}, 'the shape 1x2 fits no operator: bi_wkv BxTxC'),
     ],
 )
 def test_selection_of_nothing_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Selection(named(['bi_wkv']), **fields).check()
+
+
+def test_selection_of_which_nothing_is_left_is_refused():
+    operators = named(['bi_wkv', 'q_shift'])
+    Selection(operators, shapes=[(2, 3, 64)], impls=['sdpa_flash']).check()
+    with pytest.raises(ValueError, match='nothing is left') as raised:
+        Selection(operators, shapes=[(2, 2, 3, 64)], impls=['sdpa_flash']).check()
+    assert str(raised.value) == (
+        'nothing is left to measure: bi_wkv: its axes are BxTxC, and the shapes are 2x2x3x64; '
+        'q_shift: it has no implementation sdpa_flash.'
+    )
+
+
+def test_operators_that_nothing_selected_fits_get_one_line(timer):
+    rows, left_out, said = measured(
+        timer, operators=named(['q_shift', 'bi_wkv']), impls=['torch'], passes=['fwd']
+    )
+    assert [row['op'] for row in rows] == ['bi_wkv']
+    assert left_out == []
+    told = 'its axes are BxrowsxcolumnsxC, and the shapes are 2x3x64'
+    assert said == [f'q_shift is left out: {told}.']
 
 
 def test_selection_of_an_absent_operator_is_refused(monkeypatch):
