@@ -1,4 +1,4 @@
-"""Two versions of linvis_ops, measured one after the other by this harness."""
+"""Two versions of linvis_ops, measured one after the other by this harness: run.py --compare."""
 
 import argparse
 import subprocess
@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import command_line, results
 from benchmarks.results import Row
 
 RUN = Path(__file__).resolve().parent / 'run.py'
@@ -35,9 +37,27 @@ def main(args: argparse.Namespace, arguments: Sequence[str]) -> int:
         now = measured(args.ops, chosen, Path(folder) / 'now.json')
     print(table(before, now, args.compare))
     if args.out:
-        results.write(results.file(args.out, now['header']), now)
+        out = results.file(args.out, now['header'])
+        results.write(out, now)
+        command_line.say_written(out)
     failed = [row for result in (before, now) for row in result['left_out'] if row['failed']]
     return int(bool(failed))
+
+
+def check(version: str) -> str | None:
+    """The commit of another version; None for a folder with a checkout.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if Path(version).is_dir():
+        if not (Path(version) / 'ops' / 'linvis_ops').is_dir():
+            raise ValueError(f'--compare: the folder {version} has no ops/linvis_ops.')
+        return None
+    commit = results.git(RUN.parent, 'rev-parse', '--verify', '--quiet', f'{version}^{{commit}}')
+    if not commit:
+        raise ValueError(f'--compare: {version!r} is neither a commit nor a folder.')
+    return commit
 
 
 @contextmanager
@@ -51,12 +71,10 @@ def other_checkout(version: str, folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: If version is neither.
     """
-    if Path(version).is_dir():
+    commit = check(version)
+    if commit is None:
         yield Path(version) / 'ops'
         return
-    commit = results.git(RUN.parent, 'rev-parse', '--verify', '--quiet', f'{version}^{{commit}}')
-    if not commit:
-        raise ValueError(f'--compare: {version!r} is neither a commit nor a folder.')
     git = ['git', '-C', str(RUN.parent), 'worktree']
     subprocess.run([*git, 'add', '--quiet', '--detach', str(folder), commit], check=True)
     try:
@@ -72,9 +90,8 @@ def measured(ops: Path, arguments: Sequence[str], out: Path) -> dict[str, Any]:
         ValueError: If that process measured nothing.
     """
     print(f'== linvis_ops of {ops}', flush=True)
-    subprocess.run(
-        [sys.executable, str(RUN), *arguments, '--ops', str(ops), '--out', str(out)], check=False
-    )
+    places = ['--ops', str(ops), '--out', str(out), '--part']
+    subprocess.run([sys.executable, str(RUN), *arguments, *places], check=False)
     if not out.exists():
         raise ValueError(f'the linvis_ops of {ops} could not be measured; see above.')
     return results.read(out)
@@ -117,3 +134,11 @@ def _header(result: dict[str, Any]) -> str:
     commit = header['commit'][:10] if header['commit'] else 'commit unknown'
     changed = ' with uncommitted changes' if header['dirty'] else ''
     return f'{commit}{changed}, copy {header["copy_gb_s"]:.0f} GB/s on {header["gpu"]}'
+
+
+if __name__ == '__main__':
+    sys.exit(
+        command_line.complain(
+            'compare.py is a part of run.py: use python ops/benchmarks/run.py --compare COMMIT.'
+        )
+    )

@@ -10,7 +10,6 @@ median of the blocks and the fastest one, in microseconds a call. PyTorch's own 
 ours, and `empty_like`, which launches nothing. Exit status: 2 without a GPU.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import results, run
+from benchmarks import command_line, results, run
 from benchmarks.passes import Runnable
 from benchmarks.registry import Operator, named
 from benchmarks.results import Row, shape_text
@@ -40,20 +39,25 @@ RIVALS = (TORCH_LAYER_NORM, TORCH_RMS_NORM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for, print the rows and write them."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description='Measure the time of calls on the host.')
+    parser = command_line.Parser(
+        prog='host_time.py', description='Measure the time of calls on the host.'
+    )
     parser.add_argument('--op', nargs='+', default=[], metavar='NAME', help='default: all')
     parser.add_argument('--dtype', choices=run.DTYPES, default='bfloat16')
-    parser.add_argument('--blocks', type=run.positive, default=BLOCKS, help=f'default: {BLOCKS}')
-    parser.add_argument('--out', type=Path, help='JSON file for the results')
+    parser.add_argument(
+        '--blocks', type=command_line.positive, default=BLOCKS, help=f'default: {BLOCKS}'
+    )
+    parser.add_argument('--commit', help='the commit to record where git cannot tell it')
+    parser.add_argument('--out', type=command_line.out_file, help='JSON file for the results')
     args = parser.parse_args(argv)
-    if not run.has_gpu():
-        return run.complain(run.NO_GPU)
     try:
         operators = named(args.op)
     except ValueError as error:
-        return run.complain(f'host_time.py: {error}')
+        return command_line.complain(f'host_time.py: {error}')
+    if not run.has_gpu():
+        return command_line.complain(run.NO_GPU)
     command = results.command('ops/benchmarks/host_time.py', argv)
-    header = {**results.make_header(run.OPS, command, None), 'cpu': processor()}
+    header = {**results.make_header(run.OPS, command, args.commit), 'cpu': processor()}
     print(json.dumps(header, indent=1))
     rows = []
     for row in measure(operators, args.dtype, args.blocks):
@@ -61,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(row_text(row), flush=True)
     if args.out:
         args.out.write_text(json.dumps({'header': header, 'rows': rows}, indent=1) + '\n')
+        command_line.say_written(args.out)
     return 0
 
 

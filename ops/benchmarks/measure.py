@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.passes import PASSES, Runnable, Shape, tokens
-from benchmarks.registry import Operator, elements
+from benchmarks.registry import OPERATORS, Operator, elements
 from benchmarks.results import Row, shape_text
 from benchmarks.rivals import Rival, UnavailableError
 from benchmarks.timing import MIB, Timer, Timing
@@ -46,6 +46,11 @@ def implementations(operator: Operator) -> list[Implementation]:
         )
 
     return [*map(backend, operator.backends()), *map(rival, operator.rivals)]
+
+
+def _names(operators: Sequence[Operator]) -> list[str]:
+    """Names of the implementations of operators."""
+    return sorted({one.name for operator in operators for one in implementations(operator)})
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,38 @@ class Selection:
             or ('ours' if one.ours else 'rivals') in self.impls
         ]
 
+    def unfitting(self, operator: Operator) -> str | None:
+        """Why nothing of an operator is selected, though something of others is, or None."""
+        if not list(self.cases(operator)):
+            shapes = ', '.join('x'.join(map(str, sizes)) for sizes in self.shapes)
+            return f'its axes are {"x".join(operator.axes)}, and the shapes are {shapes}'
+        if not self.chosen(operator):
+            return f'it has no implementation {" or ".join(self.impls)}'
+        return None
+
     def check(self) -> None:
-        """Raise ValueError if a shape or the name of an implementation fits no operator."""
+        """Raise ValueError if a shape or an implementation fits no operator, or nothing is left."""
         present = [operator for operator in self.operators if not operator.missing()]
         if not present:
             raise ValueError(f'{self.operators[0].missing()}.')
-        names = sorted({one.name for operator in present for one in implementations(operator)})
+        names = _names(present)
         for name in self.impls:
-            if name not in (*GROUPS, *names):
-                raise ValueError(
-                    f'there is no implementation {name!r}; '
-                    f'there are {", ".join((*GROUPS, *names))}.'
-                )
+            if name in (*GROUPS, *names):
+                continue
+            having = [o.name for o in OPERATORS if not o.missing() and name in _names([o])]
+            only = f' of {", ".join(o.name for o in present)}, only of {", ".join(having)}'
+            raise ValueError(
+                f'there is no implementation {name!r}{only if having else ""}; '
+                f'there are {", ".join((*GROUPS, *names))}.'
+            )
         for sizes in self.shapes:
             if all(len(sizes) != len(operator.axes) for operator in self.operators):
                 axes = ', '.join(f'{o.name} {"x".join(o.axes)}' for o in self.operators)
                 raise ValueError(f'the shape {"x".join(map(str, sizes))} fits no operator: {axes}.')
+        reasons = {operator.name: self.unfitting(operator) for operator in present}
+        if all(reasons.values()):
+            told = '; '.join(f'{name}: {reason}' for name, reason in reasons.items())
+            raise ValueError(f'nothing is left to measure: {told}.')
 
 
 @dataclass
@@ -130,9 +151,9 @@ class Measurement:
     def run(self) -> Iterator[Row]:
         """Measure, and yield each row once it is measured."""
         for operator in self.selection.operators:
-            missing = operator.missing()
-            if missing:
-                self.say(f'{operator.name} is left out: {missing}.')
+            reason = operator.missing() or self.selection.unfitting(operator)
+            if reason:
+                self.say(f'{operator.name} is left out: {reason}.')
                 continue
             for shape, dtype in self.selection.cases(operator):
                 for one in self.selection.chosen(operator):

@@ -24,6 +24,8 @@ NOTHING = 'Nothing has been measured yet.'
 NOT_MEASURED = 'not measured'
 STOPPED = 'This run was stopped before its end: what is missing was not reached.'
 COPY = 'copy'
+# Ways of the fastest copy, as results.HEADER_FIELDS has them; older files do not tell the way.
+WAYS = {'copy': '`copy_`', 'kernel': 'an element-wise kernel'}
 INTRODUCTION = """\
 # Speed of the operators
 
@@ -274,10 +276,12 @@ def _origin(name: str, header: Row) -> str:
     commit = f'commit `{header["commit"][:10]}`' if header['commit'] else 'commit not recorded'
     changed = ' with uncommitted changes' if header['dirty'] else ''
     end = '' if _complete(header) else ' was stopped before its end.'
+    way = header.get('copy_way')
+    kind = f' ({WAYS[way]}, {header["copy_gib"]:g} GiB)' if way else ''
     return (
         f'* `{name}.json`: {header["gpu"]}, driver {header["driver"]}, torch {header["torch"]}, '
         f'triton {header["triton"]}, {header["date"]}, {commit}{changed}. '
-        f'The fastest copy ran at {header["copy_gb_s"]:,.0f} GB/s; a call that '
+        f'The fastest copy{kind} ran at {header["copy_gb_s"]:,.0f} GB/s; a call that '
         f'does next to nothing took {header["floor_ms"] * 1e3:.1f} µs. `{header["command"]}`{end}\n'
     )
 

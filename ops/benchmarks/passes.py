@@ -122,6 +122,27 @@ class Copies:
         return Call(lambda: target.copy_(source), 'copy_')
 
 
+def ways_to_copy(total: int, device: str) -> dict[str, Callable[[], object]]:
+    """Two ways to move bytes from one buffer to another, by name.
+
+    `copy` is `copy_`, which leaves the way to the driver. `kernel` is an element-wise kernel, the
+    negative of every number, which moves data as the kernels of operators do.
+
+    Args:
+        total: Bytes read plus bytes written.
+        device: Where the buffers are made.
+    """
+    # numbers of 4 bytes: a thread of PyTorch's element-wise kernels loads four at once, 16 bytes,
+    # whereas of narrower ones only later versions load as many bytes
+    count = max(total // 2 // torch.int32.itemsize, 1)
+    source = torch.randint(2**31 - 1, (count,), dtype=torch.int32, device=device)
+    target = torch.zeros_like(source)
+    return {
+        'copy': lambda: target.copy_(source),
+        'kernel': lambda: torch.neg(source, out=target),
+    }
+
+
 class _Recorder(TorchDispatchMode):
     """Remembers the operators that run, and what they are given."""
 

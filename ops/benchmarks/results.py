@@ -51,15 +51,16 @@ HEADER_FIELDS = (
     'commit',
     'dirty',  # whether linvis_ops had changes that are in no commit
     'command',
-    'copies',  # speed of each big copy at the beginning, by its bytes read and written, in GiB
+    'copies',  # speed of each big copy at the beginning, by its way and its GiB read and written
     'copy_gb_s',  # of the fastest copy: one of those, or one of the rows
     'copy_gib',  # bytes read plus bytes written of that one
+    'copy_way',  # of that one: copy, which is Tensor.copy_, or kernel, an element-wise one
     'floor_ms',  # what a call takes that writes one number
     'flush_mib',
     'complete',  # whether the run came to its end
 )
 # Files of before are read without these.
-LATER_HEADER_FIELDS = frozenset(('copies', 'complete'))
+LATER_HEADER_FIELDS = frozenset(('copies', 'copy_way', 'complete'))
 
 
 class Measured(Protocol):
@@ -197,7 +198,8 @@ def assemble(header: Row, measured: Measured) -> dict[str, Any]:
     fastest = max(copies, key=lambda row: row['gb_s'], default=None)
     if fastest and fastest['gb_s'] > header['copy_gb_s']:
         size = round(fastest['least_bytes'] / 2**30, 2)
-        header = {**header, 'copy_gb_s': fastest['gb_s'], 'copy_gib': size}
+        found = {'copy_gb_s': fastest['gb_s'], 'copy_gib': size, 'copy_way': 'copy'}
+        header = {**header, **found}
     speed = header['copy_gb_s']
     rows = [{**row, 'copy_share': round(row['gb_s'] / speed, 4)} for row in measured.rows]
     return {'header': header, 'rows': rows, 'left_out': measured.left_out}

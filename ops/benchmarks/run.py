@@ -15,38 +15,47 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import compare, results
-from benchmarks.passes import PASSES, Copies
+from benchmarks import command_line, compare, results
+from benchmarks.passes import PASSES, ways_to_copy
 from benchmarks.timing import CudaTimer, Timer
+
+if TYPE_CHECKING:  # it imports linvis_ops, which has to come from the right folder first
+    from benchmarks.measure import Selection
 
 OPS = Path(__file__).resolve().parents[1]
 DTYPES = ('bfloat16', 'float16', 'float32')
-NO_GPU = 'Operators are measured on a CUDA GPU, and PyTorch finds none.'
+NO_GPU = command_line.no_gpu('Operators are measured')
+DESCRIPTION = 'Measure the operators on a GPU, beside their rivals.'
 REPEATS = 200
 QUICK_REPEATS = 20
-# Bytes read plus bytes written of the copies that are the yardstick. What the smallest leaves in
-# the second-level cache, unwritten, is 6 % of it on an H200. The speed is not that of any size.
-BIG_COPIES = (2**30, 2**31, 2**32)
+# Bytes read plus bytes written of the copies that are the yardstick. Their speed depends on size
+# and way, and the fastest may be another one in the next process. What a call leaves in the
+# second-level cache, unwritten, is up to 12 % of the smallest on an H200, and 6 % of the next.
+BIG_COPIES = (2**29, 2**30, 2**31, 2**32)
 
 
 def main(argv: Sequence[str] | None = None, program: str = 'run.py') -> int:
     """Measure, print the rows and write them; or compare two commits."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    if not has_gpu():
-        return complain(NO_GPU)
+    args = parser(program).parse_args(argv)
     try:
+        selection = selected(args)
+        if args.compare:
+            compare.check(args.compare)
+        if not has_gpu():
+            return command_line.complain(NO_GPU)
         if args.compare:
             return compare.main(args, measuring_arguments(argv))
-        return measure(args, shlex.join([f'ops/benchmarks/{program}', *measuring_arguments(argv)]))
+        command = shlex.join([f'ops/benchmarks/{program}', *measuring_arguments(argv)])
+        return measure(args, selection, command)
     except ValueError as error:
-        return complain(f'{program}: {error}')
+        return command_line.complain(f'{program}: {error}')
 
 
 def has_gpu() -> bool:
@@ -54,15 +63,14 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def measure(args: argparse.Namespace, command: str) -> int:
-    """Measure what the command line asks for.
+def selected(args: argparse.Namespace) -> 'Selection':
+    """What the command line asks for.
 
     Raises:
-        ValueError: If it asks for something that does not exist.
+        ValueError: If that does not exist.
     """
     use_operators(args.ops)
-    # these two import linvis_ops, which has to come from the right folder first
-    from benchmarks.measure import Measurement, Selection
+    from benchmarks.measure import Selection
     from benchmarks.registry import named
 
     repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS)
@@ -70,8 +78,15 @@ def measure(args: argparse.Namespace, command: str) -> int:
         named(args.op), args.shape, args.dtype, args.passes, args.impl, repeats, args.quick
     )
     selection.check()
+    return selection
+
+
+def measure(args: argparse.Namespace, selection: 'Selection', command: str) -> int:
+    """Measure a selection, print the rows and write them; returns the exit status."""
+    from benchmarks.measure import Measurement
+
     with CudaTimer() as timer:
-        yardstick = yardsticks(timer, repeats, torch.cuda.mem_get_info()[0])
+        yardstick = yardsticks(timer, selection.repeats, torch.cuda.mem_get_info()[0])
         header = results.make_header(
             args.ops,
             f'python {command}',
@@ -93,6 +108,8 @@ def measure(args: argparse.Namespace, command: str) -> int:
             save()  # a run that is stopped keeps what it has
         header['complete'] = True
         save()
+    if out and not args.part:
+        command_line.say_written(out)
     return int(any(row['failed'] for row in measurement.left_out))
 
 
@@ -105,21 +122,30 @@ def yardsticks(timer: Timer, repeats: int, free: int) -> dict[str, Any]:
         free: Bytes of memory that are free; no copy takes more than half of them.
 
     Returns:
-        Fields of a header: copies, copy_gb_s, copy_gib, floor_ms.
+        Fields of a header: copies, copy_gb_s, copy_gib, copy_way, floor_ms.
     """
-    copies: dict[float, float] = {}
+    speeds: dict[tuple[str, float], float] = {}
     for total in sorted({min(size, free // 2) for size in BIG_COPIES}):
-        copy = timer.times(Copies({'fwd': total}, timer.device).call('fwd').run, repeats)
-        copies[round(total / 2**30, 2)] = round(total / copy.quantile(0.5) / 1e6, 1)
+        for way, speed in _copy_speeds(timer, total, repeats).items():
+            speeds[way, round(total / 2**30, 2)] = speed
         timer.release()
-    fastest = max(copies, key=lambda size: copies[size])
+    fastest = max(speeds, key=lambda copy: speeds[copy])
     one = torch.zeros(1, device=timer.device)
     floor = timer.times(lambda: one.fill_(1.0), repeats)
     return {
-        'copies': {str(size): speed for size, speed in copies.items()},
-        'copy_gb_s': copies[fastest],
-        'copy_gib': fastest,
+        'copies': {f'{way} {size}': speed for (way, size), speed in speeds.items()},
+        'copy_gb_s': speeds[fastest],
+        'copy_gib': fastest[1],
+        'copy_way': fastest[0],
         'floor_ms': round(floor.quantile(0.5), 5),
+    }
+
+
+def _copy_speeds(timer: Timer, total: int, repeats: int) -> dict[str, float]:
+    """GB/s of both ways to move so many bytes; no buffer is left when it returns."""
+    return {
+        way: round(total / timer.times(copy, repeats).quantile(0.5) / 1e6, 1)
+        for way, copy in ways_to_copy(total, timer.device).items()
     }
 
 
@@ -141,18 +167,16 @@ def use_operators(folder: Path) -> None:
         raise ValueError(f'linvis_ops was imported from {found} before, not from {wanted}.')
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        description='Measure the operators on a GPU, beside their rivals.',
-        parents=[_places()],
-        allow_abbrev=False,
+def parser(program: str = 'run.py', description: str = DESCRIPTION) -> argparse.ArgumentParser:
+    """The command line of a program that measures: this one, or one that does more."""
+    made = command_line.Parser(
+        prog=program, description=description, parents=[_places()], allow_abbrev=False
     )
     made.add_argument('--op', nargs='+', default=[], metavar='NAME', help='default: all')
     made.add_argument(
         '--shape',
         nargs='+',
-        type=sizes,
+        type=command_line.sizes,
         default=[],
         metavar='SIZES',
         help='such as 128x196x192, in the order of the axes; default: those of real networks',
@@ -164,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         '--repeats',
-        type=positive,
+        type=command_line.positive,
         help=f'most repetitions of a call (default: {REPEATS}, with --quick {QUICK_REPEATS})',
     )
     made.add_argument(
@@ -177,7 +201,9 @@ def _places() -> argparse.ArgumentParser:
     """The part of the command line that says where, not what: no part of a recorded command."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     made.add_argument(
-        '--out', type=Path, help='JSON file for the results, or a folder for ops_GPU.json'
+        '--out',
+        type=command_line.out_file_or_folder,
+        help='JSON file for the results, or a folder for ops_GPU.json',
     )
     made.add_argument(
         '--compare',
@@ -189,36 +215,17 @@ def _places() -> argparse.ArgumentParser:
         type=Path,
         default=OPS,
         metavar='FOLDER',
-        help='folder of the linvis_ops to measure (default: that of this checkout)',
+        help='folder of the linvis_ops to measure, for run.py (default: that of this checkout)',
     )
     made.add_argument('--commit', help='the commit to record where git cannot tell it')
+    # one of the two measurements of a comparison, whose file is gone when that ends
+    made.add_argument('--part', action='store_true', help=argparse.SUPPRESS)
     return made
 
 
 def measuring_arguments(argv: Sequence[str]) -> list[str]:
     """The arguments that say what to measure and how, as typed."""
     return _places().parse_known_args(argv)[1]
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    """Sizes of a shape written as 128x196x192."""
-    parts = text.split('x')
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f'expected sizes such as 128x196x192, got {text!r}')
-    return tuple(int(part) for part in parts)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f'expected a whole number from 1 on, got {text!r}')
-    return int(text)
-
-
-def complain(message: str) -> int:
-    """Print one sentence to stderr; returns the exit status of what cannot be measured."""
-    print(message, file=sys.stderr)
-    return 2
 
 
 if __name__ == '__main__':

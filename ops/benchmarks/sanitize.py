@@ -24,6 +24,7 @@ import torch
 
 import linvis_ops
 from benchmarks import run
+from benchmarks.command_line import Parser, complain, no_gpu
 from benchmarks.passes import Function
 from benchmarks.registry import Operator, named
 
@@ -52,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen operators under the chosen tools."""
     args = parser().parse_args(argv)
     if not run.has_gpu():
-        return run.complain('compute-sanitizer needs a CUDA GPU, and PyTorch finds none.')
+        return complain(no_gpu('Kernels run under compute-sanitizer'))
     if args.here:
-        return 0 if launch(args.op) else run.complain('No kernels of these operators can run here.')
+        return 0 if launch(args.op) else complain('No kernels of these operators can run here.')
     if shutil.which('compute-sanitizer') is None:
-        return run.complain('compute-sanitizer is not on the PATH; it comes with the CUDA toolkit.')
+        return complain('compute-sanitizer is not on the PATH; it comes with the CUDA toolkit.')
     itself = [sys.executable, __file__, '--here', '--op', *args.op]
     # what is compiled here is found in the cache under the tools, which slow it down
     if subprocess.run(itself, check=False).returncode:
-        return run.complain('The operators do not run, even without compute-sanitizer.')
+        return complain('The operators do not run, even without compute-sanitizer.')
     found = 0
     for tool in args.tool:
         print(f'== {tool}', flush=True)
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    command = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    command = Parser(prog='sanitize.py', description=__doc__.split('\n')[0])
     command.add_argument('--op', nargs='+', choices=SHAPES, default=list(SHAPES))
     command.add_argument('--tool', nargs='+', choices=TOOLS, default=list(TOOLS))
     command.add_argument('--here', action='store_true', help='run the kernels in this process')

@@ -9,7 +9,6 @@ printed. The result is printed as Python for TUNED in ops/linvis_ops/bi_wkv/laun
 to read and to commit; nothing is changed by itself. Exit status: 2 without a GPU.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -22,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import run
+from benchmarks import command_line, run
+from benchmarks.measure import Selection
 from benchmarks.registry import named
 from benchmarks.timing import CudaTimer, Timer
 from linvis_ops.bi_wkv.launch import Launch, Pass, Rule, launch_for, rules_of
@@ -44,16 +44,23 @@ Trial = Callable[[Rule], float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune the passes that the command line asks for."""
-    parser = argparse.ArgumentParser(description='Find launch rules of Bi-WKV for this GPU.')
+    parser = command_line.Parser(
+        prog='tune.py', description='Find launch rules of Bi-WKV for this GPU.'
+    )
     parser.add_argument('--pass', dest='passes', nargs='+', choices=('fwd', 'bwd'))
-    parser.add_argument('--shape', nargs='+', type=run.sizes, metavar='BxTxC')
+    parser.add_argument('--shape', nargs='+', type=command_line.sizes, default=[], metavar='BxTxC')
     parser.add_argument('--dtype', choices=run.DTYPES, default='bfloat16')
-    parser.add_argument('--repeats', type=run.positive, default=20)
-    parser.add_argument('--out', type=Path, help='JSON file of all trials')
+    parser.add_argument('--repeats', type=command_line.positive, default=20)
+    parser.add_argument('--out', type=command_line.out_file, help='JSON file of all trials')
     args = parser.parse_args(argv)
+    selection = Selection(named(['bi_wkv']), args.shape)
+    try:
+        selection.check()
+    except ValueError as error:
+        return command_line.complain(f'tune.py: {error}')
     if not run.has_gpu():
-        return run.complain(run.NO_GPU)
-    shapes = args.shape or named(['bi_wkv'])[0].shapes
+        return command_line.complain(run.NO_GPU)
+    shapes = args.shape or selection.operators[0].shapes
     trials: list[dict] = []
     with CudaTimer() as timer:
         for of in cast(list[Pass], args.passes or ['fwd', 'bwd']):
@@ -83,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             best = search(calls[0].rule(), trial)
             capability = torch.cuda.get_device_capability() if timer.device == 'cuda' else None
             print(f'best for {capability}: {of!r}: {best}', flush=True)
+    if args.out:
+        command_line.say_written(args.out)
     return 0
 
 

@@ -15,26 +15,30 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import run
+from benchmarks import compare, run
+from benchmarks.command_line import complain
 
 ROOT = Path(__file__).resolve().parents[2]
+DESCRIPTION = (
+    'Run the GPU tests of the operators first, and measure them, as run.py does, only if all pass.'
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Test the chosen operators, then measure them."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = run.parser().parse_args(argv)
-    if not run.has_gpu():
-        return run.complain(run.NO_GPU)
+    args = run.parser('verify.py', DESCRIPTION).parse_args(argv)
     if args.ops != run.OPS:
-        return run.complain('verify.py: --ops is for run.py; the tests are those of this checkout.')
-    run.use_operators(args.ops)
-    from benchmarks.registry import named
-
+        return complain('verify.py: --ops is for run.py; the tests are those of this checkout.')
     try:
-        operators = [operator for operator in named(args.op) if not operator.missing()]
+        selection = run.selected(args)
+        if args.compare:
+            compare.check(args.compare)
     except ValueError as error:
-        return run.complain(f'verify.py: {error}')
+        return complain(f'verify.py: {error}')
+    if not run.has_gpu():
+        return complain(run.NO_GPU)
+    operators = [operator for operator in selection.operators if not operator.missing()]
     files = list(dict.fromkeys(file for each in operators for file in each.test_files()))
     if not passed(files):
         print(f'Nothing is measured, since not all is well in {" ".join(files)}.', file=sys.stderr)

@@ -119,8 +119,19 @@ def default_backend(op: str) -> str:
     if name == 'auto':
         return next(backend for backend, reason in reasons.items() if reason is None)
     if reasons[name] is not None:
-        raise BackendUnavailableError(f'{op}: {name} cannot run, since {reasons[name]}.')
+        raise _cannot_run(op, name, f'{name} cannot run, since {reasons[name]}')
     return name
+
+
+def _cannot_run(op: str, name: str, reason: str) -> BackendUnavailableError:
+    """The error for a backend that is asked for and cannot run.
+
+    The variable is named where it asks for that backend: the caller may have given no argument.
+    """
+    asked = (
+        f'{ENVIRONMENT_VARIABLE}={name}: ' if os.environ.get(ENVIRONMENT_VARIABLE) == name else ''
+    )
+    return BackendUnavailableError(f'{asked}{op}: {reason}.')
 
 
 @functools.cache
@@ -163,4 +174,4 @@ def select(op: str, name: str, *tensors: Tensor) -> Backend:
                 )
             return backend
         skipped.append(f'{backend.name} cannot run, since {reason}')
-    raise BackendUnavailableError(f'{op}: ' + '; '.join(skipped) + '.')
+    raise _cannot_run(op, name, '; '.join(skipped))

@@ -131,6 +131,24 @@ def test_environment_is_for_the_operators_that_have_the_backend(toy, monkeypatch
     assert _dispatch.requested_backend('another', 'auto') == 'auto'
 
 
+def test_variable_that_asks_for_a_backend_is_named_where_that_cannot_run(toy, monkeypatch):
+    reason = 'toy: never cannot run, since it is a toy.'
+    for variable in ('', 'auto', 'second'):
+        monkeypatch.setenv('LINVIS_OPS_BACKEND', variable)
+        with pytest.raises(BackendUnavailableError) as raised:
+            _dispatch.select('toy', 'never', torch.zeros(1))
+        assert str(raised.value) == reason
+    monkeypatch.setenv('LINVIS_OPS_BACKEND', 'never')
+    chosen = _dispatch.requested_backend('toy', 'auto')
+    for choose in (
+        lambda: _dispatch.select('toy', chosen, torch.zeros(1)),
+        lambda: _dispatch.default_backend('toy'),
+    ):
+        with pytest.raises(BackendUnavailableError) as raised:
+            choose()
+        assert str(raised.value) == f'LINVIS_OPS_BACKEND=never: {reason}'
+
+
 def test_available_backends_gives_reasons():
     assert {'bi_wkv', 'q_shift'} <= set(operators())
     reasons = available_backends('bi_wkv', *bi_wkv_inputs(1, 4, 2, torch.float64))

@@ -81,7 +81,8 @@ def test_missing_gpu_is_told_in_one_sentence(capsys):
     printed = capsys.readouterr()
     assert printed.out == ''
     assert printed.err == (
-        'The cost of a block is measured on a CUDA GPU, and PyTorch finds none.\n'
+        'The cost of a block is measured on a CUDA GPU, and PyTorch finds none; '
+        '`python tools/env_report.py` says what it does find.\n'
     )
 
 
@@ -90,7 +91,32 @@ def test_other_shapes_are_refused(text, capsys):
     with pytest.raises(SystemExit) as ended:
         block_cost.main([f'--shape={text}'])
     assert ended.value.code == 2
-    assert repr(text) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert repr(text) in error
+    assert error.count('\n') == 1
+
+
+def test_results_that_cannot_be_written_are_told_before_a_missing_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        block_cost.main(['--out', str(tmp_path / 'nowhere' / 'cost.json')])
+    assert ended.value.code == 2
+    assert f'--out: there is no folder {tmp_path / "nowhere"}; make it' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('commit', [None, 'abc'])
+def test_files_here_say_nothing_of_a_commit_that_is_given(on_a_cpu, monkeypatch, tmp_path, commit):
+    given = []
+    monkeypatch.setattr(
+        'benchmarks.results.make_header',
+        lambda ops, command, commit, **_: given.append((command, commit)) or {'dirty': None},
+    )
+    monkeypatch.setattr('benchmarks.results.git', lambda *_: ' M linvis/models/vrwkv.py')
+    out = tmp_path / 'cost.json'
+    asked = ['--shape', '32x1', '--pass', 'fwd', '--precision', 'bfloat16', '--repeats', '2']
+    options = ['--out', str(out), *(['--commit', commit] if commit else [])]
+    assert block_cost.main([*asked, *options]) == 0
+    assert given == [(f'python tools/analysis/block_cost.py {" ".join(asked)}', commit)]
+    assert json.loads(out.read_text())['header']['dirty'] is (None if commit else True)
 
 
 def test_unknown_names_are_refused(capsys):
@@ -207,6 +233,7 @@ def test_everything_is_measured_printed_and_written(on_a_cpu, tmp_path, capsys):
     ]
     assert case['rows'][0]['ratio'] == pytest.approx(2 / case['least_ms'], abs=1e-3)
     printed = capsys.readouterr().out
+    assert printed.endswith(f'\nWrote {out}.\n')
     assert 'tiny, 2 x 4 tokens, 192 channels, autocast, fwd: products 7.0000 ms' in printed
     assert 'eager          1 kernels, ms: bi_wkv 0.5000' in printed
     assert 'max-autotune   in a graph      1.0000 ms  x 0.14' in printed

@@ -136,7 +136,7 @@ def test_rows_of_every_form_dtype_and_height(archs, monkeypatch, capsys, tmp_pat
             low, high = (0, 1e-5) if row['dtype'] == 'float32' else (1e-4, 0.2)
             assert low <= row['difference'] < high
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(rows)
+    assert lines[2 + len(rows) :] == [f'Wrote {out}.']
     place, retention = lines[0].split('. ')
     assert place == f'Runs on the CPU, {torch.get_num_threads()} thread(s)'
     retention = re.sub(r' \(no triton: [^)]*\)', '', retention)
@@ -183,13 +183,14 @@ def test_growth_of_peak_memory():
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
-        (['--width', '0'], "argument --width: expected a whole number of at least 1, got '0'"),
-        (['--band', '-1'], "argument --band: expected a whole number of at least 1, got '-1'"),
-        (['--height', '64', 'tall'], "--height: expected a whole number of at least 1, got 'tall'"),
+        (['--width', '0'], "argument --width: expected a whole number from 1 on, got '0'"),
+        (['--band', '-1'], "argument --band: expected a whole number from 1 on, got '-1'"),
+        (['--height', '64', 'tall'], "--height: expected a whole number from 1 on, got 'tall'"),
         (['--form', 'strem'], "argument --form: invalid choice: 'strem' (choose from "),
         (['--dtype', 'bf16'], "argument --dtype: invalid choice: 'bf16' (choose from "),
         (['--device', 'gpu'], '--device takes auto, cpu, cuda or cuda:N, got gpu'),
-        (['--out', 'nowhere/a.json'], '--out: there is no folder nowhere'),
+        (['--out', 'nowhere/a.json'], '--out: there is no folder nowhere; make it first'),
+        (['--out', '.'], "--out: expected a file, got the folder '.'"),
     ],
 )
 def test_wrong_command_line_is_told_in_one_line(monkeypatch, capsys, arguments, expected):

@@ -59,17 +59,40 @@ def test_missing_gpu_is_told_in_one_sentence(monkeypatch, capsys):
     assert run(monkeypatch) == 2
     printed = capsys.readouterr()
     assert printed.out == ''
-    assert printed.err == 'Throughput is measured on an NVIDIA GPU, and PyTorch finds none.\n'
+    assert printed.err == (
+        'Throughput is measured on a CUDA GPU, and PyTorch finds none; '
+        '`python tools/env_report.py` says what it does find.\n'
+    )
 
 
 def test_missing_timm_is_told_before_anything_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    assert run(monkeypatch, '--rival', 'deit_tiny_patch16_224') == 2
-    assert capsys.readouterr().err == '--rival needs timm: pip install timm.\n'
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, '--rival', 'deit_tiny_patch16_224')
+    assert ended.value.code == 2
+    told = 'throughput.py: --rival needs timm: pip install timm; --help lists the options.\n'
+    assert capsys.readouterr().err == told
 
 
-def test_everything_asked_for_is_measured(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ('arguments', 'told'),
+    [
+        (['--network', '--rival'], 'there is nothing to measure without names after --network'),
+        (['--out', 'nowhere/rows.json'], '--out: there is no folder nowhere; make it first'),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_a_missing_gpu(monkeypatch, capsys, arguments, told):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count('\n') == 1
+
+
+def test_everything_asked_for_is_measured(monkeypatch, tmp_path, capsys):
     calls = []
 
     def measure(*call):
@@ -90,6 +113,7 @@ def test_everything_asked_for_is_measured(monkeypatch, tmp_path):
         ('vig-tiny', 96, 2, 'train', 'compiled', ['graph']),
     ]
     written = json.loads(out.read_text())
+    assert capsys.readouterr().out.endswith(f'\nWrote {out}.\n')
     assert written['header'] == {'gpu': 'a GPU'}
     assert len(written['rows']) == 4
 

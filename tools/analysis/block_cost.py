@@ -33,13 +33,13 @@ from linvis.models.layers import MixerBlock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'ops'))
 
-from benchmarks import results
+from benchmarks import command_line, results
 from benchmarks import run as harness
 from benchmarks.passes import Function
 from benchmarks.timing import CudaTimer, Run, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_GPU = 'The cost of a block is measured on a CUDA GPU, and PyTorch finds none.'
+NO_GPU = command_line.no_gpu('The cost of a block is measured')
 ARCHS = ('tiny', 'small', 'base')
 PRECISIONS = ('autocast', 'bfloat16')
 PASSES = ('fwd', 'fwd+bwd')
@@ -354,7 +354,7 @@ def text_of(entry: dict[str, Any]) -> str:
 
 def shape(text: str) -> tuple[int, int]:
     """(pixels, batch) of a text PIXELSxBATCH."""
-    sizes = harness.sizes(text)
+    sizes = command_line.sizes(text)
     if len(sizes) != 2:
         raise argparse.ArgumentTypeError(f'expected PIXELSxBATCH, such as 224x256, got {text!r}')
     return sizes[0], sizes[1]
@@ -362,7 +362,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument('--arch', nargs='+', default=['tiny'], choices=ARCHS, help='archs of VRWKV')
@@ -384,9 +384,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help='also compile in the mode max-autotune-no-cudagraphs, which takes minutes',
     )
     parser.add_argument(
-        '--repeats', type=harness.positive, default=REPEATS, help='most repetitions of a call'
+        '--repeats', type=command_line.positive, default=REPEATS, help='most repetitions of a call'
     )
-    parser.add_argument('--out', type=Path, help='JSON file for everything')
+    parser.add_argument('--commit', help='commit that is measured, where git is not there to say')
+    parser.add_argument('--out', type=command_line.out_file, help='JSON file for everything')
     return parser.parse_args(argv)
 
 
@@ -395,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(argv)
     if not harness.has_gpu():
-        return harness.complain(NO_GPU)
+        return command_line.complain(NO_GPU)
     ways: dict[str, dict[str, Any] | None] = {'eager': None, 'compiled': {}}
     if args.max_autotune:
         ways['max-autotune'] = {'mode': 'max-autotune-no-cudagraphs'}
@@ -404,10 +405,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = harness.yardsticks(timer, args.repeats, torch.cuda.mem_get_info()[0])
         command = results.command('tools/analysis/block_cost.py', argv)
         header = results.make_header(
-            ROOT / 'ops', command, None, **measured, flush_mib=timer.flush_bytes / 2**20
+            ROOT / 'ops', command, args.commit, **measured, flush_mib=timer.flush_bytes / 2**20
         )
-        status = results.git(ROOT, 'status', '--porcelain', '--', 'linvis', 'ops/linvis_ops')
-        header['dirty'] = None if status is None else bool(status)
+        if args.commit is None:
+            status = results.git(ROOT, 'status', '--porcelain', '--', 'linvis', 'ops/linvis_ops')
+            header['dirty'] = None if status is None else bool(status)
         print(json.dumps(header, indent=1))
         measurement = Measurement(timer, measured['copy_gb_s'], ways, args.repeats)
         for (pixels, batch), *names in itertools.product(
@@ -419,6 +421,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.out:  # a run that is stopped keeps what it has
                 found = {'header': header, 'cases': measurement.cases}
                 args.out.write_text(json.dumps(found, indent=1) + '\n')
+    if args.out:
+        command_line.say_written(args.out)
     return 0
 
 

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,8 +43,10 @@ from linvis.models import ViR
 from linvis.models.layers.retention import DECAYS, Retention
 from linvis_ops import BackendUnavailableError, available_backends, default_backend
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'ops'))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks import command_line, results
 from tools.analysis import throughput
 
 STREAMED = ('stream', 'recurrent')
@@ -54,31 +56,22 @@ HEIGHTS = [1024 * 2**step for step in range(7)]
 SECONDS = 1.0  # of runs, of which a median is taken
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line, without all the options before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the program with status 2."""
-        self.exit(2, f'{self.prog}: {message}; --help lists the options.\n')
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, of a text."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text!r}')
-    return int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(description=__doc__.split('\n')[0])
+    parser = command_line.Parser(description=__doc__.split('\n')[0])
     parser.add_argument('--arch', choices=ViR.archs, default='small')
     parser.add_argument('--retention', choices=DECAYS, default='2d')
     parser.add_argument('--form', nargs='+', choices=FORMS, default=FORMS)
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32', 'bfloat16'])
-    parser.add_argument('--width', type=positive, default=1024, help='of the pictures, in pixels')
-    parser.add_argument('--height', nargs='+', type=positive, default=HEIGHTS, metavar='PIXELS')
-    parser.add_argument('--band', type=positive, default=16, help='rows of patches in a band')
+    parser.add_argument(
+        '--width', type=command_line.positive, default=1024, help='of the pictures, in pixels'
+    )
+    parser.add_argument(
+        '--height', nargs='+', type=command_line.positive, default=HEIGHTS, metavar='PIXELS'
+    )
+    parser.add_argument(
+        '--band', type=command_line.positive, default=16, help='rows of patches in a band'
+    )
     parser.add_argument(
         '--parallel-height',
         type=int,
@@ -97,10 +90,8 @@ def parse_arguments() -> argparse.Namespace:
         '--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, cuda:N'
     )
     parser.add_argument('--commit', help='commit that is measured, where git is not there to say')
-    parser.add_argument('--out', type=Path, help='JSON file for the rows')
+    parser.add_argument('--out', type=command_line.out_file, help='JSON file for the rows')
     args = parser.parse_args()
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f'--out: there is no folder {args.out.parent}')
     try:
         args.device = resolve_placement(args.device, 'none').device
         args.backend = backend_on(args.device)
@@ -327,7 +318,7 @@ class Bar:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and print every form at every height."""
     torch.backends.cudnn.allow_tf32 = False  # the default of matrix products already
-    command = throughput.results.command('tools/analysis/streaming.py', sys.argv[1:])
+    command = results.command('tools/analysis/streaming.py', sys.argv[1:])
     header = throughput.header_of(command, args.commit, args.device)
     generator = torch.Generator().manual_seed(0)
     size = 3, args.height[-1], args.width
@@ -371,6 +362,8 @@ def main() -> int:
             line = growth(rows, form, dtype)
             if line is not None:
                 print(line)
+    if args.out and rows:
+        command_line.say_written(args.out)
     return int(any('failed' in row and row['form'] in STREAMED for row in rows))
 
 

@@ -26,7 +26,7 @@ from linvis.models import VRWKV, HybridViR, ViG, ViGHierarchical, ViR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'ops'))
 
-from benchmarks import results
+from benchmarks import command_line, results
 
 OPS = Path(results.__file__).parents[1]
 FAMILIES = {
@@ -58,7 +58,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser = command_line.Parser(description=__doc__.split('\n')[0])
     parser.add_argument(
         '--network',
         nargs='*',
@@ -81,8 +81,13 @@ def parse_arguments() -> argparse.Namespace:
         help='kernels launched one after another by the host, or replayed as a CUDA graph',
     )
     parser.add_argument('--commit', help='commit that is measured, where git is not there to say')
-    parser.add_argument('--out', type=Path, help='JSON file for the rows')
-    return parser.parse_args()
+    parser.add_argument('--out', type=command_line.out_file, help='JSON file for the rows')
+    args = parser.parse_args()
+    if not (args.network or args.rival):
+        parser.error('there is nothing to measure without names after --network or --rival')
+    if args.rival and importlib.util.find_spec('timm') is None:
+        parser.error('--rival needs timm: pip install timm')
+    return args
 
 
 def build(name: str, pixels: int) -> nn.Module:
@@ -189,11 +194,7 @@ def main() -> int:
     """Measure every network at every shape."""
     args = parse_arguments()
     if not torch.cuda.is_available():
-        print('Throughput is measured on an NVIDIA GPU, and PyTorch finds none.', file=sys.stderr)
-        return 2
-    if args.rival and importlib.util.find_spec('timm') is None:
-        print('--rival needs timm: pip install timm.', file=sys.stderr)
-        return 2
+        return command_line.complain(command_line.no_gpu('Throughput is measured'))
     command = results.command('tools/analysis/throughput.py', sys.argv[1:])
     header = header_of(command, args.commit)
     rows: list[dict[str, Any]] = []
@@ -206,6 +207,8 @@ def main() -> int:
                     print(*measured, sep='\n', flush=True)
                     if args.out:  # a run that is stopped keeps what it has
                         write(args.out, header, rows)
+    if args.out:
+        command_line.say_written(args.out)
     return int(any('failed' in row and row['network'] in NETWORKS for row in rows))
 
 

@@ -1,13 +1,16 @@
-"""run.py and verify.py: arguments, files, exit status; tests before figures."""
+"""Command lines, files and exit status of run.py and verify.py; tests before figures."""
 
+import argparse
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import results, run, verify
+from benchmarks import command_line, passes, results, run, verify
+from benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ['--op', 'bi_wkv', '--shape', '2x3x64', '--dtype', 'float32', '--pass', 'fwd']
@@ -20,7 +23,10 @@ def test_missing_gpu_is_told_in_one_sentence(monkeypatch, capsys, program):
     assert program.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == ''
-    assert printed.err == 'Operators are measured on a CUDA GPU, and PyTorch finds none.\n'
+    assert printed.err == (
+        'Operators are measured on a CUDA GPU, and PyTorch finds none; '
+        '`python tools/env_report.py` says what it does find.\n'
+    )
 
 
 @needs_no_gpu
@@ -42,22 +48,84 @@ def test_rows_are_printed_and_written(with_gpu, capsys, tmp_path):
     assert written['header']['floor_ms'] == 2.0
     assert written['header']['complete'] is True
     out = capsys.readouterr().out
+    assert out.endswith(f'\nWrote {tmp_path / "ops_stand-in.json"}.\n')
     assert 'bi_wkv       torch          fwd' in out
     assert '"copy_gb_s"' in out
 
 
-def test_yardsticks_are_the_fastest_big_copy_and_an_idle_call(timer, monkeypatch):
-    """The stand-in takes 2 ms for everything, so the biggest copy is the fastest."""
+def test_part_of_a_comparison_names_no_file(with_gpu, capsys, tmp_path):
+    out = tmp_path / 'ops.json'
+    assert run.main([*TINY, '--impl', 'copy', '--out', str(out), '--part']) == 0
+    assert out.exists()
+    assert 'Wrote' not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(['--help'])
+    assert '--part' not in capsys.readouterr().out
+
+
+@pytest.fixture
+def paced(timer, monkeypatch):
+    """A timer whose calls take 3, 2, 1, 2, 2 and 2 ms."""
+    milliseconds = iter([3.0, 2.0, 1.0, 2.0, 2.0, 2.0])
+    run_once = timer.times
+
+    def times(call, repeats):
+        run_once(call, repeats)
+        return Timing([next(milliseconds)] * repeats, graph=True)
+
+    monkeypatch.setattr(timer, 'times', times)
+    return timer
+
+
+def test_yardsticks_are_the_fastest_big_copy_and_an_idle_call(paced, monkeypatch):
+    """Neither the biggest copy nor the first way is the fastest one by itself."""
     monkeypatch.setattr(run, 'BIG_COPIES', (2**24, 2**26, 2**32))
     free = 2**27
-    yardsticks = run.yardsticks(timer, 4, free)
-    assert timer.ran == 3  # one of 64 MiB, which is also all that may be taken of 4 GiB
+    yardsticks = run.yardsticks(paced, 4, free)
+    assert paced.ran == 5  # two of 64 MiB, which is also all that may be taken of 4 GiB
     assert yardsticks == {
-        'copies': {'0.02': round(2**24 / 2e-3 / 1e9, 1), '0.06': round(2**26 / 2e-3 / 1e9, 1)},
-        'copy_gb_s': round(2**26 / 2e-3 / 1e9, 1),
+        'copies': {'copy 0.02': 5.6, 'kernel 0.02': 8.4, 'copy 0.06': 67.1, 'kernel 0.06': 33.6},
+        'copy_gb_s': 67.1,
         'copy_gib': 0.06,
+        'copy_way': 'copy',
         'floor_ms': 2.0,
     }
+
+
+def test_yardstick_may_be_a_kernel_on_a_smaller_copy(paced, monkeypatch):
+    monkeypatch.setattr(run, 'BIG_COPIES', (2**24, 2**25))
+    paced.times(lambda: None, 2)  # so that the kernel on the smaller one takes 1 ms
+    yardsticks = run.yardsticks(paced, 4, 2**30)
+    assert yardsticks['copy_way'] == 'kernel'
+    assert yardsticks['copy_gb_s'] == round(2**24 / 1e-3 / 1e9, 1)
+
+
+def test_yardsticks_leave_no_buffers(timer, monkeypatch):
+    buffers = []
+    seen = []
+
+    def ways(total, device):
+        source = torch.zeros(total)
+        buffers.append(weakref.ref(source))
+        return {'copy': lambda: source.sum()}
+
+    monkeypatch.setattr(run, 'ways_to_copy', ways)
+    monkeypatch.setattr(run, 'BIG_COPIES', (8, 16))
+    monkeypatch.setattr(timer, 'release', lambda: seen.append([each() for each in buffers]))
+    run.yardsticks(timer, 2, 2**20)
+    assert seen == [[None], [None, None]]
+
+
+@pytest.mark.parametrize('total', [1, 4096])
+def test_both_ways_to_copy_move_all_bytes(total):
+    ways = passes.ways_to_copy(total, 'cpu')
+    assert list(ways) == ['copy', 'kernel']
+    target, negative = (call() for call in ways.values())
+    assert target is negative  # into one buffer
+    assert 2 * target.nbytes == max(total, 8)
+    target = ways['copy']().clone()
+    assert torch.equal(ways['kernel'](), -target)
+    assert total == 1 or target.unique().numel() > 1
 
 
 def test_failure_of_ours_is_the_exit_status(with_gpu, monkeypatch, tmp_path):
@@ -78,8 +146,8 @@ def test_stopped_run_keeps_its_rows(with_gpu, monkeypatch, tmp_path):
 
     out = tmp_path / 'ops.json'
     monkeypatch.setattr('benchmarks.passes.Copies.call', stop)
-    yardsticks = {'copies': {}, 'copy_gb_s': 1.0, 'copy_gib': 1.0, 'floor_ms': 1.0}
-    monkeypatch.setattr(run, 'yardsticks', lambda *_: yardsticks)
+    yardsticks = {'copies': {}, 'copy_gb_s': 1.0, 'copy_gib': 1.0, 'copy_way': 'copy'}
+    monkeypatch.setattr(run, 'yardsticks', lambda *_: {**yardsticks, 'floor_ms': 1.0})
     with pytest.raises(KeyboardInterrupt):
         run.main([*TINY, '--impl', 'torch', 'copy', '--out', str(out)])
     assert [row['impl'] for row in results.read(out)['rows']] == ['torch']
@@ -96,7 +164,9 @@ def test_stopped_run_keeps_its_rows(with_gpu, monkeypatch, tmp_path):
         (['--compare', 'no-such-version'], "'no-such-version' is neither a commit nor a folder"),
     ],
 )
-def test_wrong_names_are_told_in_one_sentence(with_gpu, capsys, arguments, message):
+@pytest.mark.parametrize('gpu', [True, False], ids=['gpu', 'no-gpu'])
+def test_wrong_names_are_told_in_one_sentence(monkeypatch, capsys, arguments, message, gpu):
+    monkeypatch.setattr(run, 'has_gpu', lambda: gpu)
     assert run.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -111,11 +181,64 @@ def test_malformed_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         run.main(arguments)
     assert ended.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith('run.py: ')
+    assert arguments[0] in error
+    assert error.endswith('; --help lists the options.\n')
+    assert error.count('\n') == 1
 
 
-def test_recorded_command_holds_no_paths():
-    typed = ['--out', '/home/me/x.json', *TINY, '--ops=/home/me', '--commit', 'abc', '--quick']
+def test_places_of_results_are_looked_at_before_anything_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run, 'selected', lambda _: pytest.fail('went on'))
+    for program, start in ((run, 'run.py'), (verify, 'verify.py')):
+        with pytest.raises(SystemExit) as ended:
+            program.main(['--out', str(tmp_path / 'nowhere' / 'ops.json')])
+        assert ended.value.code == 2
+        told = f'{start}: argument --out: there is no folder {tmp_path / "nowhere"}; make it first'
+        assert capsys.readouterr().err == f'{told}; --help lists the options.\n'
+
+
+@pytest.mark.parametrize('check', [command_line.out_file, command_line.out_file_or_folder])
+def test_file_that_can_be_written_is_left_as_it_is(check, tmp_path):
+    new, old = tmp_path / 'new.json', tmp_path / 'old.json'
+    old.write_text('kept')
+    assert check(str(new)) == new
+    assert check(str(old)) == old
+    assert old.read_text() == 'kept'
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_folders_are_places_for_named_files_only(tmp_path):
+    assert command_line.out_file_or_folder(str(tmp_path)) == tmp_path
+    assert command_line.out_file_or_folder(f'{tmp_path}/') == tmp_path
+    for text in (str(tmp_path), f'{tmp_path}/', f'{tmp_path}/nowhere/'):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"a file, got the folder '{text}'"):
+            command_line.out_file(text)
+    with pytest.raises(argparse.ArgumentTypeError, match='nowhere; make it first'):
+        command_line.out_file_or_folder(f'{tmp_path}/nowhere/')
+
+
+@pytest.mark.parametrize('check', [command_line.out_file, command_line.out_file_or_folder])
+def test_places_without_permission_are_told(check, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise PermissionError(13, 'Permission denied')
+
+    old = tmp_path / 'old.json'
+    old.write_text('')
+    monkeypatch.setattr('tempfile.TemporaryFile', refuse)
+    monkeypatch.setattr(Path, 'open', refuse)
+    for file in (old, tmp_path / 'new.json'):
+        told = f'{file} cannot be written: Permission denied'
+        with pytest.raises(argparse.ArgumentTypeError, match=told):
+            check(str(file))
+    if check is command_line.out_file_or_folder:
+        with pytest.raises(argparse.ArgumentTypeError, match=f'{tmp_path} cannot be written'):
+            check(str(tmp_path))
+
+
+def test_recorded_command_holds_no_paths(tmp_path):
+    places = ['--out', str(tmp_path / 'x.json'), '--ops=/home/me', '--commit', 'abc', '--part']
+    typed = [*places[:2], *TINY, *places[2:], '--quick']
     assert run.measuring_arguments(typed) == [*TINY, '--quick']
 
 
@@ -172,11 +295,30 @@ def test_green_tests_let_it_measure(with_gpu, monkeypatch):
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
-    [(['--op', 'wkv'], "no operator 'wkv'"), (['--ops', '/other'], '--ops is for run.py')],
+    [
+        (['--op', 'wkv'], "verify.py: there is no operator 'wkv'"),
+        (['--op', 'bi_wkv', '--shape', '1x2'], 'verify.py: the shape 1x2 fits no operator'),
+        (['--compare', 'no-such-version'], "'no-such-version' is neither a commit nor a folder"),
+        (['--ops', '/other'], '--ops is for run.py'),
+    ],
 )
-def test_verify_refuses_what_it_cannot_test(with_gpu, capsys, arguments, message):
+@pytest.mark.parametrize('gpu', [True, False], ids=['gpu', 'no-gpu'])
+def test_verify_refuses_what_it_cannot_measure(monkeypatch, capsys, arguments, message, gpu):
+    monkeypatch.setattr(run, 'has_gpu', lambda: gpu)
+    monkeypatch.setattr(verify, 'passed', lambda files: pytest.fail('tested'))
     assert verify.main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_help_of_verify_is_its_own(capsys):
+    with pytest.raises(SystemExit) as ended:
+        verify.main(['--help'])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith('usage: verify.py ')
+    assert 'Run the GPU tests of the operators first' in printed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_checkout_goes_away_after_an_error(repository, tmp_path):
 
 
 def test_folder_is_a_version_too(tmp_path):
+    (tmp_path / 'ops' / 'linvis_ops').mkdir(parents=True)
     with compare.other_checkout(str(tmp_path), tmp_path / 'other') as ops:
         assert ops == tmp_path / 'ops'
 
@@ -60,6 +62,20 @@ def test_unknown_version_is_refused(repository, tmp_path):
         compare.other_checkout('HEAD~9', tmp_path / 'other'),
     ):
         pass
+
+
+def test_folder_without_the_operators_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f'--compare: the folder {tmp_path} has no ops/linvis_ops'):
+        compare.check(str(tmp_path))
+
+
+def test_program_says_which_one_to_use(tmp_path):
+    command = [sys.executable, compare.__file__]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == (
+        'compare.py is a part of run.py: use python ops/benchmarks/run.py --compare COMMIT.\n'
+    )
 
 
 def test_table_has_ratios_and_says_what_one_version_lacks(make_row, make_results):
@@ -101,6 +117,7 @@ def measured(monkeypatch, make_row, make_results):
 
 
 def arguments(tmp_path, **fields):
+    (tmp_path / 'ops' / 'linvis_ops').mkdir(parents=True)
     known = {'compare': str(tmp_path), 'ops': Path('here'), 'impl': [], 'out': None}
     return argparse.Namespace(**{**known, **fields})
 
@@ -112,11 +129,12 @@ def test_other_version_is_measured_first_and_alike(measured, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith('4.0000      2.0000       2.00x')
 
 
-def test_named_implementations_are_kept(measured, tmp_path):
+def test_named_implementations_are_kept(measured, tmp_path, capsys):
     args = arguments(tmp_path, impl=['torch'], out=tmp_path / 'now.json')
     assert compare.main(args, ['--impl', 'torch']) == 0
     assert measured[0][1] == ['--impl', 'torch']
     assert results.read(tmp_path / 'now.json')['rows'][0]['ms'] == 2.0
+    assert capsys.readouterr().out.endswith(f'\nWrote {tmp_path / "now.json"}.\n')
 
 
 def test_measurement_that_wrote_nothing_is_an_error(monkeypatch, tmp_path, capfd):
@@ -125,5 +143,5 @@ def test_measurement_that_wrote_nothing_is_an_error(monkeypatch, tmp_path, capfd
     monkeypatch.setattr(compare, 'RUN', script)
     with pytest.raises(ValueError, match='could not be measured'):
         compare.measured(Path('somewhere'), ['--quick'], tmp_path / 'out.json')
-    out = ['--quick', '--ops', 'somewhere', '--out', str(tmp_path / 'out.json')]
+    out = ['--quick', '--ops', 'somewhere', '--out', str(tmp_path / 'out.json'), '--part']
     assert str(out) in capfd.readouterr().out

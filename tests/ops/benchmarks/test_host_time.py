@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 
@@ -29,6 +30,7 @@ def test_every_operator_has_rows(on_cpu, monkeypatch, tmp_path, capsys):
     assert others == {'layer_norm': 'torch_layer_norm', 'rms_norm': 'torch_rms_norm'}
     assert all(row['calls'] == 2 and row['us'] >= row['us_least'] > 0 for row in written['rows'])
     printed = capsys.readouterr().out
+    assert printed.endswith(f'\nWrote {out}.\n')
     assert all(row['op'] in printed for row in rows)
 
 
@@ -44,7 +46,17 @@ def test_time_of_a_block_is_that_of_its_calls(on_cpu, monkeypatch):
     assert host_time.times(lambda: None, 2) == pytest.approx([2.0, 4.0])
 
 
-def test_unknown_operators_are_told(with_gpu, capsys):
+def test_commit_may_be_given(on_cpu, monkeypatch):
+    given = []
+    monkeypatch.setattr('benchmarks.results.make_header', lambda *call: given.append(call) or {})
+    monkeypatch.setattr(host_time, 'PASSES', ('fwd',))
+    asked = ['--op', 'q_shift', '--blocks', '1', '--dtype', 'float32']
+    assert host_time.main([*asked, '--commit', 'abc']) == 0
+    assert given[0][1:] == (shlex.join(['python', 'ops/benchmarks/host_time.py', *asked]), 'abc')
+
+
+def test_unknown_operators_are_told_even_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr('benchmarks.run.has_gpu', lambda: False)
     assert host_time.main(['--op', 'wkv']) == 2
     assert "there is no operator 'wkv'" in capsys.readouterr().err
 

@@ -135,13 +135,41 @@ def test_groups_of_implementations():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'impls': ['opencl']}, "no implementation 'opencl'; there are ours, rivals, copy, cuda"),
+        (
+            {'impls': ['opencl']},
+            "no implementation 'opencl'; there are ours, rivals, copy, cuda",
+        ),
+        (
+            {'impls': ['fla_gla_x2']},
+            "no implementation 'fla_gla_x2' of bi_wkv, only of bi_gla; there are ours, rivals",
+        ),
         ({'shapes': [(1, 2)]}, 'the shape 1x2 fits no operator: bi_wkv BxTxC'),
     ],
 )
 def test_selection_of_nothing_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Selection(named(['bi_wkv']), **fields).check()
+
+
+def test_selection_of_which_nothing_is_left_is_refused():
+    operators = named(['bi_wkv', 'q_shift'])
+    Selection(operators, shapes=[(2, 3, 64)], impls=['sdpa_flash']).check()
+    with pytest.raises(ValueError, match='nothing is left') as raised:
+        Selection(operators, shapes=[(2, 2, 3, 64)], impls=['sdpa_flash']).check()
+    assert str(raised.value) == (
+        'nothing is left to measure: bi_wkv: its axes are BxTxC, and the shapes are 2x2x3x64; '
+        'q_shift: it has no implementation sdpa_flash.'
+    )
+
+
+def test_operators_that_nothing_selected_fits_get_one_line(timer):
+    rows, left_out, said = measured(
+        timer, operators=named(['q_shift', 'bi_wkv']), impls=['torch'], passes=['fwd']
+    )
+    assert [row['op'] for row in rows] == ['bi_wkv']
+    assert left_out == []
+    told = 'its axes are BxrowsxcolumnsxC, and the shapes are 2x3x64'
+    assert said == [f'q_shift is left out: {told}.']
 
 
 def test_selection_of_an_absent_operator_is_refused(monkeypatch):
@@ -208,8 +236,8 @@ def test_header_of_a_checkout_and_of_a_folder_without_git(monkeypatch, tmp_path)
     fake = mock.MagicMock(total_memory=2**37, L2_cache_size=50 * 2**20, major=9, minor=0)
     fake.name = 'NVIDIA H200'
     monkeypatch.setattr('torch.cuda.get_device_properties', lambda _: fake)
-    measured = {'copies': {'4.0': 4000.0}, 'copy_gb_s': 4000.0, 'copy_gib': 4.0}
-    measured |= {'floor_ms': 0.002, 'flush_mib': 256.0, 'complete': False}
+    measured = {'copies': {'copy 4.0': 4000.0}, 'copy_gb_s': 4000.0, 'copy_gib': 4.0}
+    measured |= {'copy_way': 'kernel', 'floor_ms': 0.002, 'flush_mib': 256.0, 'complete': False}
     monkeypatch.setattr(results, 'git', lambda _, *words: {'rev-parse': 'abc'}.get(words[0], ''))
     header = results.make_header(tmp_path, 'python run.py', None, **measured)
     assert set(header) == set(results.HEADER_FIELDS)
@@ -321,9 +349,12 @@ def test_cuda_timer_on_a_gpu():
 def test_shares_are_those_of_the_fastest_copy(make_row):
     ours, copy = make_row('triton', (2, 16, 8), 2.0), make_row('copy', (2, 16, 8), 1.0)
     measured = mock.Mock(rows=[ours, copy], left_out=[])
-    found = results.assemble({'copy_gb_s': copy['gb_s'] / 2, 'copy_gib': 4.0}, measured)
+    slower = {'copy_gb_s': copy['gb_s'] / 2, 'copy_gib': 4.0, 'copy_way': 'kernel'}
+    found = results.assemble(slower, measured)
     size = round(copy['least_bytes'] / 2**30, 2)
-    assert found['header'] == {'copy_gb_s': copy['gb_s'], 'copy_gib': size}
+    assert found['header'] == {'copy_gb_s': copy['gb_s'], 'copy_gib': size, 'copy_way': 'copy'}
     assert [row['copy_share'] for row in found['rows']] == [0.5, 1.0]
-    found = results.assemble({'copy_gb_s': copy['gb_s'] * 2}, measured)
+    faster = {'copy_gb_s': copy['gb_s'] * 2, 'copy_gib': 4.0, 'copy_way': 'kernel'}
+    found = results.assemble(faster, measured)
+    assert found['header'] == faster
     assert [row['copy_share'] for row in found['rows']] == [0.25, 0.5]

@@ -1,5 +1,6 @@
 """The generated page and its pictures."""
 
+import json
 from math import prod
 from pathlib import Path
 
@@ -107,8 +108,23 @@ def test_page_has_a_table_and_a_picture(docs, capsys):
     assert (docs / 'ops' / picture).resolve().is_file()
     assert '* reference: full (B128-T196-C192 fwd)' in text
     assert 'commit `0123456789`' in text
-    assert 'fastest copy ran at 1,000 GB/s' in text
+    assert 'The fastest copy (`copy_`, 4 GiB) ran at 1,000 GB/s; a call' in text
     assert 'Wrote' in capsys.readouterr().out
+
+
+def test_way_of_the_fastest_copy_is_told_where_it_is_known(made_up):
+    made_up['header'] |= {'copy_way': 'kernel', 'copy_gib': 0.5}
+    text = page.page([('ops_x', made_up)])
+    assert 'The fastest copy (an element-wise kernel, 0.5 GiB) ran at 1,000 GB/s' in text
+
+
+def test_older_files_that_do_not_tell_the_way_have_pages(docs):
+    file = docs / 'benchmarks' / 'ops_made-up.json'
+    content = json.loads(file.read_text())
+    del content['header']['copies'], content['header']['copy_way']
+    file.write_text(json.dumps(content))
+    page.write(docs)
+    assert '. The fastest copy ran at 1,000 GB/s; a call' in (docs / page.PAGE).read_text()
 
 
 def test_long_lists_of_what_is_missing_are_counted(made_up):

@@ -60,7 +60,18 @@ def test_missing_gpu_and_missing_tool_are_told(monkeypatch, commands, capsys):
     assert 'compute-sanitizer is not on the PATH' in capsys.readouterr().err
     monkeypatch.setattr('benchmarks.run.has_gpu', lambda: False)
     assert sanitize.main([]) == 2
-    assert 'PyTorch finds none' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith('Kernels run under compute-sanitizer on a CUDA GPU, and PyTorch finds')
+
+
+def test_unknown_names_are_told_in_one_line(capsys):
+    for option, name in (('--op', 'wkv'), ('--tool', 'synccheck')):
+        with pytest.raises(SystemExit) as ended:
+            sanitize.main([option, name])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"sanitize.py: argument {option}: invalid choice: '{name}'")
+        assert error.count('\n') == 1
 
 
 def test_operators_that_do_not_run_are_no_findings(monkeypatch, commands, capsys):

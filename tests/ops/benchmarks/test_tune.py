@@ -46,9 +46,10 @@ def test_trials_are_written_and_the_result_is_printed(with_gpu, monkeypatch, tmp
     trials = json.loads(out.read_text())
     assert trials[0]['ms'] == {'1x8x4': 2.0, '2x9x4': 2.0}
     assert trials[0]['mean'] == pytest.approx(2.0)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith('best for None: ')
-    assert 'programs=16' in last
+    *_, best, last = capsys.readouterr().out.splitlines()
+    assert best.startswith('best for None: ')
+    assert 'programs=16' in best
+    assert last == f'Wrote {out}.'
 
 
 def test_trials_that_do_not_fit_are_valid_json(with_gpu, monkeypatch, tmp_path):
@@ -70,6 +71,13 @@ def test_machine_without_gpu_is_told(monkeypatch, capsys):
     monkeypatch.setattr('benchmarks.run.has_gpu', lambda: False)
     assert tune.main([]) == 2
     assert 'PyTorch finds none' in capsys.readouterr().err
+
+
+def test_shapes_that_are_not_those_of_bi_wkv_are_told_before_a_missing_gpu(monkeypatch, capsys):
+    monkeypatch.setattr('benchmarks.run.has_gpu', lambda: False)
+    assert tune.main(['--shape', '1x8x4', '1x2']) == 2
+    told = 'tune.py: the shape 1x2 fits no operator: bi_wkv BxTxC.\n'
+    assert capsys.readouterr().err == told
 
 
 def test_longer_lanes_where_there_are_more_programs():
