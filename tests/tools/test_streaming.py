@@ -12,6 +12,13 @@ from torch.utils._pytree import tree_leaves
 from linvis.models import ViR
 from tools.analysis import streaming
 
+Way = streaming.Way
+WAYS = (
+    Way('stream', 'host', 2),
+    Way('recurrent', 'host', 1),
+    Way('chunkwise'),
+    Way('parallel'),
+)
 ARCH = {'embed_dims': 16, 'depth': 2, 'num_heads': 2}
 SMALL = ('--width', '48', '--band', '2', '--device', 'cpu')
 
@@ -41,9 +48,9 @@ def test_all_forms_give_the_same_features(archs, retention):
     model = streaming.build('small', retention, 'cpu')
     picture = picture_of(150)
     expected = None
-    for form in streaming.FORMS:
-        parts = list(streaming.features(model, picture, form, 2))
-        assert len(parts) == {'stream': 5, 'recurrent': 10}.get(form, 1)
+    for way in WAYS:
+        parts = list(streaming.features(model, picture, way))
+        assert len(parts) == {'stream': 5, 'recurrent': 10}.get(way.form, 1)
         maps = torch.cat(parts, 2)
         assert maps.shape == (1, 16, 10, 3)
         expected = maps if expected is None else expected
@@ -52,10 +59,10 @@ def test_all_forms_give_the_same_features(archs, retention):
 
 def test_operator_counts_in_the_features(archs):
     model = streaming.build('small', '2d', 'cpu')
-    (maps,) = streaming.features(model, picture_of(64), 'chunkwise', 2)
+    (maps,) = streaming.features(model, picture_of(64), Way('chunkwise'))
     for block in model.blocks:
         block.retention.out_proj.weight.data.zero_()
-    (without,) = streaming.features(model, picture_of(64), 'chunkwise', 2)
+    (without,) = streaming.features(model, picture_of(64), Way('chunkwise'))
     assert (maps - without).abs().max() > 1e-3
 
 
@@ -87,49 +94,46 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of(form, height):
+def peak_of(way, height):
     model = streaming.build('small', '2d', 'cpu')
     picture = picture_of(height)
     gc.collect()
     with LiveBytes([picture, *model.parameters(), *model.buffers()]) as live:
-        streaming.exhaust(streaming.features(model, picture, form, 4))
+        streaming.exhaust(streaming.features(model, picture, way))
     return live.peak
 
 
-@pytest.mark.parametrize('form', streaming.STREAMED)
-def test_memory_of_streamed_forms_does_not_grow_with_the_height(archs, form):
-    low = peak_of(form, 512)
+@pytest.mark.parametrize('band', [1, 4])
+def test_memory_of_streamed_forms_does_not_grow_with_the_height(archs, band):
+    way = Way('stream', 'host', band)
+    low = peak_of(way, 512)
     assert low > 10_000
-    assert peak_of(form, 8192) == low
+    assert peak_of(way, 8192) == low
 
 
 def test_memory_of_other_forms_grows(archs):
-    assert peak_of('chunkwise', 2048) > 3.5 * peak_of('chunkwise', 512)
-    assert peak_of('parallel', 1024) > 2.5 * peak_of('parallel', 512)
+    assert peak_of(Way('chunkwise'), 2048) > 3.5 * peak_of(Way('chunkwise'), 512)
+    assert peak_of(Way('parallel'), 1024) > 2.5 * peak_of(Way('parallel'), 512)
 
 
 def test_rows_of_every_form_dtype_and_height(archs, monkeypatch, capsys, tmp_path):
     out = tmp_path / 'rows.json'
     heights = ('--height', '96', '64', '128', '--parallel-height', '96', '--compare-height', '64')
-    assert run(monkeypatch, *SMALL, *heights, '--out', str(out)) == 0
+    bands = ('--band', '2', '3')
+    assert run(monkeypatch, *SMALL, *bands, *heights, '--out', str(out)) == 0
     written = json.loads(out.read_text())
     assert written['header']['gpu'] is None
     assert written['header']['command'].startswith('python tools/analysis/streaming.py --width 48')
     rows = written['rows']
-    assert [(row['dtype'], row['form'], row['height']) for row in rows] == [
-        (dtype, form, height)
+    keys = ('dtype', 'form', 'launch', 'band', 'height')
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        (dtype, *way, height)
         for dtype in ('float32', 'bfloat16')
-        for form in streaming.FORMS
+        for way in (WAYS[0], Way('stream', 'host', 3), *WAYS[1:])
         for height in (64, 96, 128)
-        if not (form == 'parallel' and height > 96)
+        if not (way.form == 'parallel' and height > 96)
     ]
     assert all(row['ms'] > 0 and row['images_s'] > 0 for row in rows)
-    assert {row['form']: row['band'] for row in rows} == {
-        'stream': 2,
-        'recurrent': 1,
-        'chunkwise': None,
-        'parallel': None,
-    }
     assert {row['height'] for row in rows if 'difference' in row} == {64}
     for row in rows[::3]:
         if 'difference' in row:
@@ -144,16 +148,16 @@ def test_rows_of_every_form_dtype_and_height(archs, monkeypatch, capsys, tmp_pat
         'Retention: stream by torch, states by products of PyTorch, recurrent by torch, states by '
         'products of PyTorch, chunkwise by torch, parallel by reference.'
     )
-    assert lines[2].split()[:5] == ['stream', 'float32', '48', 'x', '64']
+    assert lines[2].split()[:7] == ['stream', '2', 'host', 'float32', '48', 'x', '64']
 
 
 def test_form_that_fails_is_not_tried_at_greater_heights(archs, monkeypatch, capsys):
     features = streaming.features
 
-    def scarce(model, picture, form, band):
-        if form != 'stream' and picture.shape[1] > 64:
+    def scarce(model, picture, way):
+        if way.form != 'stream' and picture.shape[1] > 64:
             raise torch.OutOfMemoryError('no memory\nwhatever')
-        yield from features(model, picture, form, band)
+        yield from features(model, picture, way)
 
     monkeypatch.setattr(streaming, 'features', scarce)
     forms = ('--form', 'chunkwise', 'stream', '--dtype', 'float32')
@@ -167,17 +171,22 @@ def test_form_that_fails_is_not_tried_at_greater_heights(archs, monkeypatch, cap
     assert run(monkeypatch, *SMALL, *heights, '--form', 'recurrent') == 1
 
 
-def test_growth_of_peak_memory():
-    row = {'form': 'stream', 'dtype': 'bfloat16'}
+def test_growth_of_memory():
+    way = Way('stream', 'graph', 16)
+    row = {**way._asdict(), 'dtype': 'bfloat16'}
     rows = [
-        {**row, 'peak_mib': 100.0},
-        {**row, 'peak_mib': 104.0},
+        {**row, 'peak_mib': 100.0, 'held_mib': 200.0},
+        {**row, 'peak_mib': 104.0, 'held_mib': 201.0},
         {**row, 'failed': 'x'},
-        {**row, 'dtype': 'float32', 'peak_mib': 300.0},
+        {**row, 'dtype': 'float32', 'peak_mib': 300.0, 'held_mib': 300.0},
+        {**row, 'launch': 'host', 'peak_mib': 300.0, 'held_mib': 300.0},
+        {**row, 'band': 32, 'peak_mib': 300.0, 'held_mib': 300.0},
     ]
-    line = 'stream in bfloat16: peak memory 100.0 to 104.0 MiB, +4.0%'
-    assert streaming.growth(rows, 'stream', 'bfloat16') == line
-    assert streaming.growth(rows, 'chunkwise', 'bfloat16') is None
+    assert streaming.growth(rows, way, 'bfloat16') == (
+        'stream 16 graph in bfloat16: peak memory 100.0 to 104.0 MiB, +4.0%; '
+        'held memory 200.0 to 201.0 MiB, +0.5%'
+    )
+    assert streaming.growth(rows, Way('chunkwise'), 'bfloat16') is None
 
 
 @pytest.mark.parametrize(
@@ -189,6 +198,10 @@ def test_growth_of_peak_memory():
         (['--form', 'strem'], "argument --form: invalid choice: 'strem' (choose from "),
         (['--dtype', 'bf16'], "argument --dtype: invalid choice: 'bf16' (choose from "),
         (['--device', 'gpu'], '--device takes auto, cpu, cuda or cuda:N, got gpu'),
+        (
+            ['--launch', 'host', 'graph', '--device', 'cpu'],
+            '--launch graph needs a CUDA GPU, and --device is cpu',
+        ),
         (['--out', 'nowhere/a.json'], '--out: there is no folder nowhere; make it first'),
         (['--out', '.'], "--out: expected a file, got the folder '.'"),
     ],
@@ -243,16 +256,16 @@ def test_terminal_shows_what_is_measured_and_how_far(archs, monkeypatch, capsys,
     shown = re.sub(r'\x1b\[[^a-zA-Z]*[a-zA-Z]', '', err.getvalue())
     for what in (
         'parallel float32 48 x 64, to compare with',
-        'stream float32 48 x 128',
+        'stream 2 host float32 48 x 128',
         'parallel float32 48 x 64',
     ):
         assert what in shown
     assert re.search(r'0/4\b', shown)
     assert re.search(r'4/4\b', shown)
     table = shown if table_too else capsys.readouterr().out
-    row = re.search(r'[\r\n](stream  +float32  +48 x 128 .*)', table)[1]
+    row = re.search(r'[\r\n](stream 2 host  +float32  +48 x 128 .*)', table)[1]
     assert len(row) > 80  # not broken
-    assert ('stream     float32 ' in shown) == table_too
+    assert ('stream 2 host      float32 ' in shown) == table_too
 
 
 @pytest.mark.gpu
@@ -262,6 +275,10 @@ def test_memory_is_flat_on_a_gpu(monkeypatch, tmp_path):
     assert run(monkeypatch, *options, '--out', str(out)) == 0
     rows = json.loads(out.read_text())['rows']
     for dtype in ('float32', 'bfloat16'):
-        low, high, *whole = [row['peak_mib'] for row in rows if row['dtype'] == dtype]
-        assert high <= 1.1 * low
-        assert whole[1] > high
+        for name in ('peak_mib', 'held_mib'):
+            host, high, graph, high_by_graph, _, whole = (
+                row[name] for row in rows if row['dtype'] == dtype
+            )
+            assert high <= 1.1 * host
+            assert high_by_graph <= 1.1 * graph
+            assert whole > high or name == 'held_mib'

@@ -10,10 +10,14 @@ The forms compute the same features with the same weights:
   products of PyTorch for the states; memory is that of a band.
 * `recurrent`: the same with one row of patches at a time, which is the recurrence over the rows.
 
+The kernels of these two are launched one after another by the host or, from the third band on, as a
+CUDA graph; --launch chooses.
+
 The picture is noise, bytes in the memory of the host, and goes to the device as a whole or band by
 band. A time goes from those bytes to the last feature; it is the median of the runs of one second,
 or one run where that takes longer. Peak memory is what PyTorch had allocated on the GPU at most,
-weights included; on a CPU it is not measured. Weights are random and layer scales 1, so that the
+weights included, and held memory what it had of the GPU, with what it keeps for later and for the
+graph; on a CPU they are not measured. Weights are random and layer scales 1, so that the
 operator counts in the features; these have a norm behind them and are of the order of 1. A
 difference is the largest absolute one from the parallel form in float32. TF32 is off.
 
@@ -30,7 +34,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -52,6 +56,7 @@ from tools.analysis import throughput
 STREAMED = ('stream', 'recurrent')
 FORMS = (*STREAMED, 'chunkwise', 'parallel')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+BAND = 16
 HEIGHTS = [1024 * 2**step for step in range(7)]
 SECONDS = 1.0  # of runs, of which a median is taken
 
@@ -70,7 +75,19 @@ def parse_arguments() -> argparse.Namespace:
         '--height', nargs='+', type=command_line.positive, default=HEIGHTS, metavar='PIXELS'
     )
     parser.add_argument(
-        '--band', type=command_line.positive, default=16, help='rows of patches in a band'
+        '--band',
+        nargs='+',
+        type=command_line.positive,
+        default=[BAND],
+        metavar='ROWS',
+        help=f'rows of patches in a band (default: {BAND})',
+    )
+    parser.add_argument(
+        '--launch',
+        nargs='+',
+        choices=throughput.LAUNCHES,
+        help='how the kernels of a band are launched (default: both on a GPU, by the host on a '
+        'CPU)',
     )
     parser.add_argument(
         '--parallel-height',
@@ -97,8 +114,37 @@ def parse_arguments() -> argparse.Namespace:
         args.backend = backend_on(args.device)
     except (LaunchError, BackendUnavailableError) as error:
         parser.error(str(error).rstrip('.'))
+    on_cpu = args.device == 'cpu'
+    if on_cpu and 'graph' in (args.launch or ()):
+        parser.error('--launch graph needs a CUDA GPU, and --device is cpu')
+    args.launch = args.launch or (['host'] if on_cpu else throughput.LAUNCHES)
     args.height.sort()
     return args
+
+
+class Way(NamedTuple):
+    """A form, and how it is run.
+
+    Attributes:
+        form: One of `FORMS`.
+        launch: 'host', or 'graph' for a streamed form.
+        band: Rows of patches at a time, of a streamed form.
+    """
+
+    form: str
+    launch: str = 'host'
+    band: int | None = None
+
+
+def ways_of(args: argparse.Namespace) -> list[Way]:
+    """What is measured at each height."""
+    bands = {'stream': args.band, 'recurrent': [1]}
+    return [
+        Way(form, launch, band)
+        for form in args.form
+        for launch in (args.launch if form in STREAMED else ['host'])
+        for band in bands.get(form, [None])
+    ]
 
 
 def backend_on(device: str) -> str:
@@ -135,14 +181,13 @@ def build(arch: str, retention: str, device: str) -> ViR:
     return ViR(arch, retention=retention, layer_scale_init=1.0).to(device).eval()
 
 
-def features(model: ViR, picture: Tensor, form: str, band: int) -> Iterator[Tensor]:
+def features(model: ViR, picture: Tensor, way: Way) -> Iterator[Tensor]:
     """Maps (1, C, rows, columns) of a picture in one of the forms, band by band where it streams.
 
     Args:
         model: Causal backbone.
         picture: Bytes (3, H, W), in the memory of the host.
-        form: One of `FORMS`.
-        band: Rows of patches at a time with 'stream'.
+        way: The form, and how it is run.
     """
     weight = model.cls_token
 
@@ -151,11 +196,11 @@ def features(model: ViR, picture: Tensor, form: str, band: int) -> Iterator[Tens
 
     for module in model.modules():
         if isinstance(module, Retention):
-            module.backend = 'reference' if form == 'parallel' else 'auto'
-    if form in STREAMED:
-        rows = model.patch_size * (band if form == 'stream' else 1)
-        bands = (pixels(part) for part in picture.split(rows, dim=1))
-        for (part,) in model.stream(bands, picture.shape[1]):
+            module.backend = 'reference' if way.form == 'parallel' else 'auto'
+    if way.band is not None:
+        bands = (pixels(part) for part in picture.split(model.patch_size * way.band, dim=1))
+        graph = way.launch == 'graph'
+        for (part,) in model.stream(bands, picture.shape[1], cuda_graph=graph):
             yield part
     else:
         with torch.inference_mode():
@@ -168,10 +213,10 @@ def exhaust(parts: Iterator[Tensor]) -> None:
         del part
 
 
-def compared(model: ViR, picture: Tensor, form: str, band: int, reference: Tensor) -> float:
+def compared(model: ViR, picture: Tensor, way: Way, reference: Tensor) -> float:
     """The largest absolute difference of the features of a form from those of the reference."""
     first, largest = 0, 0.0
-    for part in features(model, picture, form, band):
+    for part in features(model, picture, way):
         other = reference[:, :, first : first + part.shape[2]].to(part.device)
         largest = max(largest, (part.float() - other).abs().max().item())
         first += part.shape[2]
@@ -179,75 +224,81 @@ def compared(model: ViR, picture: Tensor, form: str, band: int, reference: Tenso
 
 
 def measure(
-    model: ViR, picture: Tensor, form: str, band: int, reference: Tensor | None, *, warm: bool
+    model: ViR, picture: Tensor, way: Way, reference: Tensor | None, *, warm: bool
 ) -> dict[str, Any]:
     """The row of one form at one height; `failed` in it says why there are no figures.
 
     Args:
         model: Causal backbone, in the dtype that is measured.
         picture: Bytes (3, H, W), in the memory of the host.
-        form: One of `FORMS`.
-        band: Rows of patches at a time with 'stream'.
+        way: The form, and how it is run.
         reference: Features to compare with, in float32; None: they are not compared.
-        warm: Whether this form has run in this dtype: kernels are compiled, libraries loaded.
+        warm: Whether this has run in this dtype: kernels are compiled, libraries loaded.
     """
     height, width = picture.shape[1:]
     on_gpu = model.cls_token.is_cuda
     row: dict[str, Any] = {
-        'form': form,
+        **way._asdict(),
         'dtype': str(model.cls_token.dtype).removeprefix('torch.'),
         'height': height,
         'width': width,
-        'band': {'stream': band, 'recurrent': 1}.get(form),
     }
     milliseconds: list[float] = []
     failed = None
     try:
         if not warm:
-            exhaust(features(model, picture, form, band))
+            exhaust(features(model, picture, way))
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         while not milliseconds or sum(milliseconds) < SECONDS * 1e3:
             start = time.perf_counter()
-            exhaust(features(model, picture, form, band))
+            exhaust(features(model, picture, way))
             if on_gpu:
                 torch.cuda.synchronize()
             milliseconds.append((time.perf_counter() - start) * 1e3)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         if reference is not None:
-            row['difference'] = compared(model, picture, form, band, reference)
+            row['difference'] = compared(model, picture, way, reference)
     except RuntimeError as error:  # out of memory
         failed = f'{type(error).__name__}: {str(error).splitlines()[0]}'
     if failed is not None:
         return {**row, 'failed': failed}
     row['ms'] = round(median(milliseconds), 3)
     row['images_s'] = float(f'{1e3 / row["ms"]:.4g}')
-    if peak is not None:
-        row['peak_mib'] = round(peak / 2**20, 1)
+    if on_gpu:
+        row |= {n: round(x / 2**20, 1) for n, x in zip(('peak_mib', 'held_mib'), held, strict=True)}
     return row
+
+
+def name_of(way: Way) -> str:
+    """A form and how it is run, in a few letters."""
+    if way.band is None:
+        return way.form
+    return f'{way.form} {way.band} {way.launch}'
 
 
 def line_of(row: dict[str, Any]) -> str:
     """A row as a line of the table."""
-    start = f'{row["form"]:10} {row["dtype"]:9} {row["width"]:>6} x {row["height"]:<7}'
+    way = name_of(Way(row['form'], row['launch'], row['band']))
+    start = f'{way:18} {row["dtype"]:9} {row["width"]:>6} x {row["height"]:<7}'
     if 'failed' in row:
         return f'{start} {row["failed"]}'
-    peak = f'{row["peak_mib"]:.1f}' if 'peak_mib' in row else '-'
+    memory = ' '.join(f'{row.get(name, "-"):>10}' for name in ('peak_mib', 'held_mib'))
     difference = f'{row["difference"]:.1e}' if 'difference' in row else '-'
-    return f'{start} {row["ms"]:12.2f} {row["images_s"]:10.4g} {peak:>10} {difference:>10}'
+    return f'{start} {row["ms"]:12.2f} {row["images_s"]:10.4g} {memory} {difference:>10}'
 
 
-def growth(rows: Sequence[dict[str, Any]], form: str, dtype: str) -> str | None:
-    """How the peak memory of a form depends on the height, in one line; None without figures."""
-    mine = [row for row in rows if (row['form'], row['dtype']) == (form, dtype)]
-    peaks = [row['peak_mib'] for row in mine if 'peak_mib' in row]
-    if not peaks:
-        return None
-    return (
-        f'{form} in {dtype}: peak memory {min(peaks):.1f} to {max(peaks):.1f} MiB, '
-        f'{max(peaks) / min(peaks) - 1:+.1%}'
-    )
+def growth(rows: Sequence[dict[str, Any]], way: Way, dtype: str) -> str | None:
+    """How the memory of a form depends on the height, in one line; None without figures."""
+    mine = [row for row in rows if row.items() >= {**way._asdict(), 'dtype': dtype}.items()]
+    parts = []
+    for what, name in (('peak', 'peak_mib'), ('held', 'held_mib')):
+        sizes = [row[name] for row in mine if name in row]
+        if sizes:
+            change = max(sizes) / min(sizes) - 1
+            parts.append(f'{what} memory {min(sizes):.1f} to {max(sizes):.1f} MiB, {change:+.1%}')
+    return f'{name_of(way)} in {dtype}: {"; ".join(parts)}' if parts else None
 
 
 def make_references(args: argparse.Namespace, picture: Tensor, bar: Bar) -> dict[int, Tensor]:
@@ -257,7 +308,7 @@ def make_references(args: argparse.Namespace, picture: Tensor, bar: Bar) -> dict
     for height in compared_heights(args):
         bar.show(f'parallel float32 {args.width} x {height}, to compare with')
         try:
-            (maps,) = features(model, picture[:, :height], 'parallel', args.band)
+            (maps,) = features(model, picture[:, :height], Way('parallel'))
         except RuntimeError as error:  # out of memory
             reason = str(error).splitlines()[0]
             print(f'Not compared from a height of {height} on: {reason}', file=sys.stderr)
@@ -323,24 +374,25 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     size = 3, args.height[-1], args.width
     picture = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    count = sum(len(heights_of(args, form)) for form in args.form) * len(args.dtype)
+    ways = ways_of(args)
+    count = sum(len(heights_of(args, way.form)) for way in ways) * len(args.dtype)
     bar = Bar(count + len(compared_heights(args)))
     rows: list[dict[str, Any]] = []
     with bar.progress:
         references = make_references(args, picture, bar)
         bar.print(
-            f'{"form":10} {"dtype":9} {"picture":16} {"ms":>13} {"pictures/s":>10} '
-            f'{"peak MiB":>10} {"difference":>10}'
+            f'{"form":18} {"dtype":9} {"picture":16} {"ms":>13} {"pictures/s":>10} '
+            f'{"peak MiB":>10} {"held MiB":>10} {"difference":>10}'
         )
         for dtype in args.dtype:
             model = build(args.arch, args.retention, args.device).to(DTYPES[dtype])
-            for form in args.form:
-                heights = heights_of(args, form)
+            for way in ways:
+                heights = heights_of(args, way.form)
                 for number, height in enumerate(heights):
-                    bar.show(f'{form} {dtype} {args.width} x {height}')
+                    bar.show(f'{name_of(way)} {dtype} {args.width} x {height}')
                     part, reference = picture[:, :height], references.get(height)
                     warm = number > 0
-                    rows.append(measure(model, part, form, args.band, reference, warm=warm))
+                    rows.append(measure(model, part, way, reference, warm=warm))
                     bar.print(line_of(rows[-1]))
                     if args.out:  # a run that is stopped keeps what it has
                         throughput.write(args.out, header, rows)
@@ -358,8 +410,8 @@ def main() -> int:
     print(place_of(args), flush=True)
     rows = run(args)
     for dtype in args.dtype:
-        for form in args.form:
-            line = growth(rows, form, dtype)
+        for way in ways_of(args):
+            line = growth(rows, way, dtype)
             if line is not None:
                 print(line)
     if args.out and rows:
