@@ -83,7 +83,7 @@ def stream_parser() -> argparse.ArgumentParser:
     parser.add_argument('checkpoint', help="checkpoint file, or 'none' for random weights")
     parser.add_argument('picture', help='picture file, or .npy of bytes (H, W, 3) in RGB')
     parser.add_argument(
-        '--band', type=int, default=16, help='rows of patches in a band; default: 16'
+        '--band', type=int, default=32, help='rows of patches in a band; default: 32'
     )
     parser.add_argument(
         '--out',

@@ -56,7 +56,7 @@ from tools.analysis import throughput
 STREAMED = ('stream', 'recurrent')
 FORMS = (*STREAMED, 'chunkwise', 'parallel')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-BAND = 16
+BAND = 32
 HEIGHTS = [1024 * 2**step for step in range(7)]
 SECONDS = 1.0  # of runs, of which a median is taken
 

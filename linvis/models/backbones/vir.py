@@ -216,7 +216,7 @@ class ViR(TokenBackbone):
             height: Rows of pixels of the whole picture.
             cuda_graph: Launch the layers as a CUDA graph from the third band of one size on. A band
                 has hundreds of launches, for which a GPU waits longer than it computes; the graph
-                takes as much memory again as the activations of a band.
+                has memory of its own.
 
         Yields:
             One tensor for each output index: with out_type 'featmap' and 'raw' for each band (the
