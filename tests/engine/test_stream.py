@@ -264,6 +264,10 @@ def test_classifier_does_not_ask_for_a_file_and_endings_may_be_upper_case(out):
         (['none.pth', 'picture.npy', '--out', 'y.png'], '--out is for label maps'),
         (['none.pth', 'picture.npy'], 'There is no checkpoint file none.pth'),
         (['model.pth', 'picture.npy', '--band', '0'], '--band must be at least 1, not 0'),
+        (
+            ['model.pth', 'picture.npy', '--cfg-options', 'model.head.num_classes=abc'],
+            'LinearClsHead cannot be built (TypeError: ',
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(options, message, capsys):
