@@ -18,7 +18,7 @@ def classifiers():
                 yield pytest.param(model, path.parent, id=model['Name'])
 
 
-@pytest.mark.parametrize(('model', 'folder'), classifiers())
+@pytest.mark.parametrize(('model', 'folder'), list(classifiers()))
 def test_figures_agree(model, folder):
     config = ROOT / model['Config']
     found = FIGURES.search(' '.join(ast.get_docstring(ast.parse(config.read_text())).split()))
