@@ -140,7 +140,7 @@ def _main(parser: argparse.ArgumentParser, task: str, argv: Sequence[str] | None
         sys.stderr.write(f'{parser.prog}: stopped; nothing was saved.\n')
         return 130
     except Exception as error:
-        sentence = user_sentence(error)
+        sentence = user_sentence(error, task)
         if sentence is None:
             raise
         rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID'))

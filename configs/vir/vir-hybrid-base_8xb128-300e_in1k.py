@@ -1,7 +1,7 @@
 """Hybrid ViR-B on ImageNet-1k, by a recipe of ours.
 
 Reproduces: nothing published. The paper names hybrids without saying how they are built: network
-    (112.2 M parameters, 16.4 GMACs counted here, 224 px) and recipe are ours. The recipe is that of
+    (112.2 M parameters, 16.5 GMACs counted here, 224 px) and recipe are ours. The recipe is that of
     ViG-H, with the learning rate and the drop path of Swin Transformer; averaged weights are
     validated.
 Hardware: 8 GPUs x 128 pictures; with fewer GPUs keep 1,024 pictures in all, or scale the learning

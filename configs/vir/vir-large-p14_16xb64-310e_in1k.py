@@ -1,6 +1,6 @@
 """ViR-L/14 on ImageNet-1k, class token and causal decay over rows and columns.
 
-Reproduces: ViR, ViR-L/14 (304.3 M parameters, 79.2 GMACs counted here, 224 px) with the authors'
+Reproduces: ViR, ViR-L/14 (304.3 M parameters, 79.4 GMACs counted here, 224 px) with the authors'
     recipe as far as it is known, see _base_/in1k_310e.py. They have published no weights; the
     paper's accuracies are not quoted, as we could not check them.
     Decay along the sequence, as in their published code: --cfg-options model.backbone.retention=1d.

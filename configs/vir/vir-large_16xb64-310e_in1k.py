@@ -1,6 +1,6 @@
 """ViR-L/16 on ImageNet-1k, class token and causal decay over rows and columns.
 
-Reproduces: ViR, ViR-L/16 (304.4 M parameters, 60.8 GMACs counted here, 224 px) with the authors'
+Reproduces: ViR, ViR-L/16 (304.4 M parameters, 60.9 GMACs counted here, 224 px) with the authors'
     recipe as far as it is known, see _base_/in1k_310e.py. They have published no weights; the
     paper's accuracies are not quoted, as we could not check them.
     Decay along the sequence, as in their published code: --cfg-options model.backbone.retention=1d.

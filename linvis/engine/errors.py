@@ -14,6 +14,16 @@ import torch
 _RAISE = dis.opmap['RAISE_VARARGS']
 _WORKER_MARK = 'in DataLoader worker process'
 _NO_HOST_MEMORY = "can't allocate memory"
+# What takes less memory, by the task: anywhere, and on a GPU.
+_LESS_MEMORY = {
+    'train': (
+        'lower train_dataloader.batch_size (in validation that of val_dataloader)',
+        'or train with model.backbone.with_cp=True',
+    ),
+    'test': ('lower test_dataloader.batch_size', 'or take a smaller model'),
+    'stream': ('take lower bands with --band', 'or a smaller model'),
+}
+_LIBRARIES = frozenset(('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg'))
 _WRONG_ARGUMENT = re.compile(r'unexpected keyword argument|__init__\(\) missing \d+ required')
 
 
@@ -21,16 +31,17 @@ class LaunchError(ValueError):
     """A command line, config or environment that cannot run; the message is one sentence."""
 
 
-def user_sentence(error: BaseException) -> str | None:
+def user_sentence(error: BaseException, task: str = 'train') -> str | None:
     """Says in one line what a user can mend, or nothing if the error is a bug.
 
     A mistake of the user is: an exception that linvis or linvis_ops raises on purpose (a `raise`
     statement), also in a process of the data loader, a name that is in no registry, an argument
-    that a class does not have or that is missing, a class beyond those of the head, and no memory
-    left on the GPU or the machine.
+    that a class does not have or that is missing, a value that a model of a library is not built
+    with, a class beyond those of the head, and no memory left on the GPU or the machine.
 
     Args:
         error: The exception with its traceback.
+        task: 'train', 'test' or 'stream': what runs, by which the remedies differ.
 
     Returns:
         One sentence without line breaks, or None.
@@ -38,14 +49,12 @@ def user_sentence(error: BaseException) -> str | None:
     text = _message(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
-            'The GPU has no memory left: lower train_dataloader.batch_size (in a test that of '
-            'test_dataloader), or train with model.backbone.with_cp=True '
+            f'The GPU has no memory left: {", ".join(_LESS_MEMORY[task])} '
             f'({text.split(". ")[1] if ". " in text else text}).'
         )
     if isinstance(error, RuntimeError) and _NO_HOST_MEMORY in text:
         return (
-            'The machine has no memory left: lower train_dataloader.batch_size (in a test that of '
-            'test_dataloader) or the size of the model '
+            f'The machine has no memory left: {_LESS_MEMORY[task][0]}, or take a smaller model '
             f'({text.partition(_NO_HOST_MEMORY)[2].split(". ")[0].lstrip(": ")}).'
         )
     if isinstance(error, KeyError) and 'is not in the' in text and 'registry' in text:
@@ -56,6 +65,9 @@ def user_sentence(error: BaseException) -> str | None:
         if not _raised_while_building(error):
             return None
         return f'{text}{_near_argument(error, text)}: check the config.'
+    built = _model_of_library(error)
+    if built is not None:
+        return f'{built} cannot be built ({type(error).__name__}: {text}): check the config.'
     if text.startswith(('Class Index must be less than', 'Class values must be smaller than')):
         return (
             'A label is not below model.head.num_classes: set that to the number of classes, which '
@@ -107,6 +119,23 @@ def _raised_while_building(error: BaseException) -> bool:
         return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(spec.origin).parent)
+
+
+def _model_of_library(error: BaseException) -> str | None:
+    """The class of a library whose constructor threw an error at the values of a config."""
+    if not isinstance(error, (TypeError, ValueError, AssertionError, LookupError)):
+        return None
+    called = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_globals.get('__name__', '')
+        if name == 'mmengine.registry.build_functions' and 'obj_cls' in frame.f_locals:
+            registry = frame.f_locals['registry']
+            called = frame.f_locals['obj_cls'] if registry.name == 'model' else None
+        elif name.partition('.')[0] in ('linvis', 'linvis_ops'):
+            called = None  # what we build ourselves
+    if called is None or called.__module__.partition('.')[0] not in _LIBRARIES:
+        return None
+    return called.__name__
 
 
 def _near_argument(error: BaseException, text: str) -> str:

@@ -18,6 +18,7 @@ from linvis.engine import config as configs
 from linvis.engine.checkpoint_match import check_resumable
 from linvis.engine.devices import Placement, join_processes, resolve_placement
 from linvis.engine.errors import LaunchError
+from linvis.engine.files import out_file
 from linvis.engine.runner import TaskRunner
 from linvis.utils.checkpoint import load_checkpoint, register_safe_loader
 from linvis.utils.environment import startup_lines
@@ -79,8 +80,10 @@ def test(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out is not None else None
     if out is not None:
         if out.suffix not in ('.pkl', '.pickle', '.json'):
-            raise LaunchError(f'--out {out}: expected .pkl for predictions or .json for metrics.')
-        out.parent.mkdir(parents=True, exist_ok=True)
+            raise LaunchError(
+                f'--out {args.out}: expected .pkl for predictions or .json for metrics.'
+            )
+        out_file(args.out, make_folder=True)
         if out.suffix != '.json':
             _add_dumper(cfg, out)
     _check_data(cfg, 'test')

@@ -21,6 +21,7 @@ from linvis import compat
 from linvis.engine import config as configs
 from linvis.engine.devices import resolve_placement
 from linvis.engine.errors import LaunchError
+from linvis.engine.files import out_file
 from linvis.models import ViR
 from linvis.utils.checkpoint import load_checkpoint, load_state_dict_into
 
@@ -28,6 +29,20 @@ from linvis.utils.checkpoint import load_checkpoint, load_state_dict_into
 SHOWN = 5
 # Of a label map, one byte a pixel.
 MOST_CLASSES = 256
+# What a head may be made of: in evaluation mode the output for a token depends on that token alone.
+# Convolutions and batch norms are looked at further; a subclass may do something else.
+ONE_TOKEN_MODULES = frozenset(
+    (
+        *(nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout, nn.Dropout2d),
+        *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU),
+        *(nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus),
+    )
+)
+# Of mmcv: a convolution with norm and activation, and activations.
+ONE_TOKEN_MODULES_OF_MMCV = frozenset(
+    ('ConvModule', 'Conv2d', 'Clamp', 'HSigmoid', 'HSwish', 'Swish')
+)
 
 
 def stream(args: argparse.Namespace) -> None:
@@ -47,13 +62,16 @@ def stream(args: argparse.Namespace) -> None:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if args.band < 1:
         raise LaunchError(f'--band must be at least 1, not {args.band}.')
-    out = Path(args.out or f'{Path(args.picture).stem}_labels.png')
-    if out.suffix != '.png' or not out.parent.is_dir():
-        raise LaunchError(f'--out must be a .png file in a folder that exists, not {out}.')
+    out = None if args.out is None else _label_file(args.out, args.picture)
     picture = open_picture(Path(args.picture))
     if 'data_preprocessor' in cfg:  # as mmengine's runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
+    segments = getattr(model, 'decode_head', None) is not None
+    if segments and out is None:
+        out = _label_file(f'{Path(args.picture).stem}_labels.png', args.picture)
+    if out is not None and not segments:
+        raise LaunchError('--out is for label maps, and this model is no segmentor.')
     names = None
     if args.checkpoint != 'none':
         checkpoint = load_checkpoint(args.checkpoint)
@@ -62,13 +80,14 @@ def stream(args: argparse.Namespace) -> None:
     model.to(placement.device).eval()
     step = args.band * _streamed_backbone(model).patch_size
     bands = _with_progress(bands_of(picture, step), -(-picture.shape[0] // step))
-    if getattr(model, 'decode_head', None) is not None:
+    if out is not None:
         labels = np.concatenate(list(segment(model, bands, picture.shape[0])))
-        Image.fromarray(labels).save(out)
+        try:
+            Image.fromarray(labels).save(out)
+        except OSError as error:
+            raise LaunchError(f'The label map cannot be written to {out}: {error}.') from None
         sys.stdout.write(f'\nLabel map: {out}\n')
         return
-    if args.out:
-        raise LaunchError('--out is for label maps, and this model is no segmentor.')
     scores = classify(model, bands, picture.shape[0])
     sys.stdout.write('\n')
     for place in scores.argsort(descending=True)[:SHOWN].tolist():
@@ -89,7 +108,7 @@ def open_picture(path: Path) -> np.ndarray:
         raise LaunchError(f'There is no picture {path}; check the path.')
     if path.suffix == '.npy':
         try:
-            pixels = np.load(path, mmap_mode='r')
+            pixels = np.lib.format.open_memmap(path, mode='r')
         except (ValueError, OSError) as error:
             raise LaunchError(f'{path} cannot be read as an array: {error}.') from None
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
@@ -163,19 +182,17 @@ def segment(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Itera
     """
     backbone = _streamed_backbone(model)
     head: nn.Module = model.decode_head  # type: ignore[assignment]
-    convolutions = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
     if (
         getattr(model, 'neck', None) is not None
         or backbone.out_type != 'featmap'
         or type(head).__name__ != 'FCNHead'
-        or any(m.kernel_size != (1, 1) for m in convolutions)
         or head.align_corners
     ):
         raise LaunchError(
             "A segmentor that takes a picture in bands needs out_type='featmap', no neck, and an "
-            'FCNHead whose convolutions see one token (kernel_size=1), without align_corners; got '
-            f'{type(head).__name__}.'
+            f'FCNHead without align_corners; got {type(head).__name__}.'
         )
+    _check_one_token(head)
     if not 1 < head.out_channels <= MOST_CLASSES:  # type: ignore[operator]
         raise LaunchError(
             f'Label maps are of 2 to {MOST_CLASSES} classes with a score each, got '
@@ -201,6 +218,28 @@ def segment(model: nn.Module, bands: Iterable[np.ndarray], height: int) -> Itera
             lines = F.interpolate(lines, size, mode='bilinear', align_corners=False)
         yield lines[0].argmax(0).byte().cpu().numpy()
         first, done = last, end
+
+
+def _check_one_token(head: nn.Module) -> None:
+    """Raise LaunchError unless all that runs in a head looks at one token at a time."""
+    for name, module in head.named_modules():
+        if module is head or name.partition('.')[0] == 'loss_decode':  # which runs in training
+            continue
+        kind = type(module)
+        of_mmcv = kind.__module__.partition('.')[0] == 'mmcv'
+        known = kind in ONE_TOKEN_MODULES or (
+            of_mmcv and kind.__name__ in ONE_TOKEN_MODULES_OF_MMCV
+        )
+        if isinstance(module, nn.Conv2d):
+            known = known and module.kernel_size == (1, 1)
+        elif isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            known = known and module.running_mean is not None  # else it takes that of the picture
+        if not known:
+            raise LaunchError(
+                'A segmentor that takes a picture in bands needs a head that looks at one token at '
+                f'a time, and decode_head.{name} is not known to, {module}: take kernel_size=1, '
+                "and norm_cfg=dict(type='BN') or none."
+            )
 
 
 def _together(
@@ -236,11 +275,42 @@ def _streamed_backbone(model: nn.Module) -> ViR:
 
 
 def _normalised(model: nn.Module, bands: Iterable[np.ndarray]) -> Iterator[Tensor]:
-    """Bands as the model's data preprocessor gives them: (1, 3, h, W)."""
+    """Bands as the model's data preprocessor gives them: (1, 3, h, W).
+
+    Raises:
+        LaunchError: If it pads, which would make another picture of each band.
+    """
+    name, default, padding = _padding_of(model.data_preprocessor)  # type: ignore[arg-type]
+    if padding != default:
+        raise LaunchError(
+            f'A picture in bands is not padded, and the data preprocessor pads ({name}={padding}): '
+            f'take model.data_preprocessor.{name}={default}.'
+        )
     for band in bands:
         # in BGR, as pipelines load pictures; a copy, since it may be mapped read-only
         pixels = torch.from_numpy(band[..., ::-1].copy()).permute(2, 0, 1)
         yield model.data_preprocessor({'inputs': [pixels]})['inputs']  # type: ignore[operator]
+
+
+def _padding_of(preprocessor: nn.Module) -> tuple[str, int | None, object]:
+    """The argument by which a data preprocessor pads in tests, its value for none, its value."""
+    if hasattr(preprocessor, 'test_cfg'):  # that of mmseg, where others are for training
+        return 'test_cfg', None, preprocessor.test_cfg or None
+    return 'pad_size_divisor', 1, getattr(preprocessor, 'pad_size_divisor', 1)
+
+
+def _label_file(text: str, picture: str) -> Path:
+    """The file of the label map.
+
+    Raises:
+        LaunchError: If it is no .png file, cannot be written, or is the picture itself.
+    """
+    out = out_file(text)
+    if out.suffix.lower() != '.png':
+        raise LaunchError(f'--out must be a .png file, not {text}.')
+    if out.exists() and Path(picture).exists() and out.samefile(picture):
+        raise LaunchError(f'--out {text} is the picture {picture} itself: name another file.')
+    return out
 
 
 def _with_progress(bands: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

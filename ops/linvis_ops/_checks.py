@@ -62,12 +62,16 @@ def check_division(op: str, channels: int, heads: int) -> None:
         raise ValueError(f'{op}: heads must divide the {channels} channels, got {heads}.')
 
 
-def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless q and k are (B, T, H, K) and v (B, T, H, V), of one dtype, not empty."""
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, least_tokens: int = 1) -> None:
+    """Raise unless q and k are (B, T, H, K) and v (B, T, H, V), of one dtype, not empty.
+
+    With 0 as the least number of tokens only the other sizes have to be 1 or more.
+    """
     for name, tensor, width in (('q', q, 'K'), ('k', k, 'K'), ('v', v, 'V')):
         if tensor.dim() != 4:
             raise ValueError(f'{op}: {name} must be (B, T, H, {width}), got {shape_text(tensor)}.')
-        if tensor.numel() == 0:
+        batch, tokens, *sizes = tensor.shape
+        if 0 in (batch, *sizes) or tokens < least_tokens:
             raise ValueError(f'{op}: {name} must not be empty, got {shape_text(tensor)}.')
         _check_dtype(op, name, tensor.dtype)
         if tensor.dtype != q.dtype:

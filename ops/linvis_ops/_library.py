@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,16 +77,24 @@ class Operator:
         self._function = function
         self._differentiable: type[torch.autograd.Function] | None = None
 
+        def refuse(*_args: Any) -> NoReturn:
+            raise self._no_derivative('of a derivative (create_graph=True and backward again)')
+
+        # until it is given one: what runs in a backward pass is an operator too
+        self.definition.register_autograd(refuse, setup_context=_save_nothing)
+
     def __call__(self, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-            self._refuse_tangents(args)
+        if not torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(args)
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                self._refuse_functional_gradients(args)
         tensors = None if _is_watched() else _plain_tensors(args)
         if tensors is None:
             return self.definition(*args)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return self._function(*args)
         if self._differentiable is None:
-            # PyTorch says that there is no derivative
             return self.definition(*args)
         flat, lengths = _flatten(args)
         outputs = self._differentiable.apply(lengths, *flat)
@@ -97,11 +105,26 @@ class Operator:
         flat, _ = _flatten(args)
         tensors = (arg for arg in flat if isinstance(arg, Tensor))
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            name = self._name.removeprefix(f'{NAMESPACE}_').removesuffix('_fwd')
-            raise NotImplementedError(
-                f'{name} has no derivative in forward mode (jvp, jacfwd, make_dual) but with '
-                f"backend='reference'."
-            )
+            raise self._no_derivative('in forward mode (jvp, jacfwd, make_dual)')
+
+    def _refuse_functional_gradients(self, args: Sequence[Any]) -> None:
+        """Raise if torch.func wants a gradient by an argument.
+
+        PyTorch refuses too, in words that name neither operator nor remedy.
+        """
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        if torch._C._functorch.TransformType.Grad not in (level.key() for level in levels):
+            return
+        flat, _ = _flatten(args)
+        if any(isinstance(arg, Tensor) and _is_tracked(arg) for arg in flat):
+            raise self._no_derivative('by torch.func (grad, vjp, jacrev, hessian)')
+
+    def _no_derivative(self, which: str) -> NotImplementedError:
+        name = self._name.removeprefix(f'{NAMESPACE}_').removesuffix('_fwd').removesuffix('_bwd')
+        return NotImplementedError(
+            f"{name} has no derivative {which} but with backend='reference', which has those of "
+            f'any order.'
+        )
 
     def register_fake(self, function: Function) -> Function:
         """Say which outputs there are without computing them: a decorator."""
@@ -138,6 +161,20 @@ class Operator:
             (torch.autograd.Function,),
             {'forward': staticmethod(run_forward), 'backward': staticmethod(run_backward)},
         )
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    """Whether a level of torch.func.grad follows a tensor, also inside a vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Any], tuple[int | None, ...]]:

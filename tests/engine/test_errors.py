@@ -93,16 +93,30 @@ def test_class_beyond_those_of_the_head_comes_with_a_remedy():
     assert user_sentence(AssertionError('something else')) is None
 
 
-def test_full_gpu_memory_comes_with_a_remedy():
+each_task = pytest.mark.parametrize(
+    ('task', 'remedy'),
+    [
+        ('train', 'lower train_dataloader.batch_size (in validation that of val_dataloader), or'),
+        ('test', 'lower test_dataloader.batch_size, or'),
+        ('stream', 'take lower bands with --band, or'),
+    ],
+)
+
+
+@each_task
+def test_full_gpu_memory_comes_with_a_remedy(task, remedy):
     error = torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')
-    sentence = user_sentence(error)
-    assert 'lower train_dataloader.batch_size' in sentence
+    sentence = user_sentence(error, task)
+    assert remedy in sentence
+    assert ('batch_size' in sentence) == (task != 'stream')
+    assert ('with_cp' in sentence) == (task == 'train')
     assert 'Tried to allocate 2.00 GiB' in sentence
 
 
-def test_full_memory_of_the_machine_comes_with_a_remedy():
-    sentence = user_sentence(caught(torch.empty, 2**55))
-    assert 'lower train_dataloader.batch_size' in sentence
+@each_task
+def test_full_memory_of_the_machine_comes_with_a_remedy(task, remedy):
+    sentence = user_sentence(caught(torch.empty, 2**55), task)
+    assert f'{remedy} take a smaller model' in sentence
     assert sentence.endswith(f'(you tried to allocate {4 * 2**55} bytes).')
 
 
@@ -145,3 +159,34 @@ def test_model_that_mmengine_calls_with_too_little_keeps_its_traceback(run_train
     toy.MODELS.register_module(module=DemandingModel, force=True)
     with pytest.raises(TypeError, match='missing 1 required positional argument'):
         run_train('--cfg-options', 'model.type=DemandingModel')
+
+
+def build(kind: str, **arguments):
+    from mmengine.registry import MODELS, init_default_scope
+
+    from linvis import compat
+
+    compat.install()
+    init_default_scope('mmseg')
+    MODELS.build({'type': kind, **arguments})
+
+
+def test_value_that_a_model_of_a_library_is_not_built_with_is_told():
+    head = {'in_channels': 8, 'channels': 8, 'num_convs': 0}
+    error = caught(build, 'FCNHead', **head, num_classes='abc')
+    assert isinstance(error, TypeError)
+    sentence = user_sentence(error)
+    assert sentence.startswith('FCNHead cannot be built (TypeError: ')
+    assert sentence.endswith(': check the config.')
+    error = caught(build, 'FCNHead', **head | {'channels': 9}, num_classes=2)
+    assert user_sentence(error).startswith('FCNHead cannot be built (AssertionError')
+
+
+def test_bug_in_a_constructor_of_ours_or_of_the_user_keeps_its_traceback(monkeypatch):
+    def with_bug(_self, *_args, **_kwargs):
+        raise_from(TypeError('a bug'))
+
+    monkeypatch.setattr(VRWKV, '__init__', with_bug)
+    assert user_sentence(caught(build, 'linvis.VRWKV', arch='tiny')) is None
+    wrapped = {'backbone': {'type': 'linvis.VRWKV'}, 'decode_head': {}}
+    assert user_sentence(caught(build, 'EncoderDecoder', **wrapped)) is None

@@ -404,6 +404,15 @@ def test_out_writes_metrics_or_predictions(run_test, sentence, checkpoint):
     assert len(pickle.loads(Path('out/predictions.pkl').read_bytes())) == 24
 
 
+def test_out_that_cannot_be_written_is_refused_before_the_test(run_test, sentence, checkpoint):
+    Path('folder.json').mkdir()
+    assert run_test('toy.pth', '--out', 'folder.json') == 1
+    assert '--out must name a file, got the folder folder.json' in sentence()
+    assert run_test('toy.pth', '--out', 'toy.pth/metrics.json') == 1
+    assert '--out toy.pth/metrics.json cannot be written: ' in sentence()
+    assert not Path('work_dirs').exists()
+
+
 def test_out_of_unknown_kind_is_refused(run_test, sentence, checkpoint):
     assert run_test('toy.pth', '--out', 'metrics.txt') == 1
     assert 'expected .pkl for predictions or .json for metrics' in sentence()

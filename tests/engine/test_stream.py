@@ -49,6 +49,8 @@ model = dict(
     test_cfg=dict(mode='whole'),
 )
 """
+# A change of it: one convolution of one token.
+ONE_CONV = ('num_convs=0, kernel_size=1', 'num_convs=1, kernel_size=1')
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -158,8 +160,19 @@ def test_label_map_is_written(capsys):
             ("retention='2d'", "retention='2d', direction='bidirectional'"),
             'got a bidirectional ViR',
         ),
-        (('kernel_size=1', 'kernel_size=3'), None),
-        (('num_convs=0, kernel_size=1', 'num_convs=1, kernel_size=3'), 'kernel_size=1'),
+        (('kernel_size=1', 'kernel_size=3'), None),  # of no convolution
+        (ONE_CONV, None),
+        (
+            (ONE_CONV[0], f"{ONE_CONV[1]}, norm_cfg=dict(type='BN'), act_cfg=dict(type='GELU')"),
+            None,
+        ),
+        (('num_convs=0, kernel_size=1', 'num_convs=1, kernel_size=3'), 'convs.0.conv is not known'),
+        ((ONE_CONV[0], f"{ONE_CONV[1]}, norm_cfg=dict(type='GN', num_groups=4)"), 'convs.0.gn'),
+        ((ONE_CONV[0], f"{ONE_CONV[1]}, norm_cfg=dict(type='IN')"), 'decode_head.convs.0.in'),
+        (
+            (ONE_CONV[0], f"{ONE_CONV[1]}, norm_cfg=dict(type='BN', track_running_stats=False)"),
+            'track_running_stats=False',
+        ),
         (('num_classes=5', 'num_classes=5, align_corners=True'), 'without align_corners'),
         (('num_classes=5', 'num_classes=300'), 'of 2 to 256 classes with a score each, got 300'),
         (('num_classes=5', 'num_classes=2, out_channels=1, threshold=0.5'), 'a score each, got 1'),
@@ -167,8 +180,10 @@ def test_label_map_is_written(capsys):
 )
 def test_models_that_need_the_whole_picture_are_refused(change, message):
     model = built(SEGMENTOR.replace(*change))
-    if message is None:  # without convolutions the kernel size means nothing
-        assert list(stream.segment(model, stream.bands_of(picture_of(16, 16), 8), 16))
+    if message is None:
+        picture = picture_of(45, 30)
+        labels = np.concatenate(list(stream.segment(model, stream.bands_of(picture, 16), 45)))
+        assert (labels == whole_labels(model, picture)).mean() > 0.995
         return
     with pytest.raises(LaunchError, match=message):
         list(stream.segment(model, stream.bands_of(picture_of(16, 16), 8), 16))
@@ -182,6 +197,54 @@ def test_classifier_with_a_neck_is_refused():
 
 
 @pytest.mark.parametrize(
+    ('text', 'change', 'told'),
+    [
+        (CLASSIFIER, 'pad_size_divisor=32', 'pad_size_divisor=32'),
+        (SEGMENTOR, 'test_cfg=dict(size_divisor=32)', "test_cfg={'size_divisor': 32}"),
+        (SEGMENTOR, 'test_cfg=dict(size=(64, 64))', "test_cfg={'size': (64, 64)}"),
+        (SEGMENTOR, 'size=(64, 64), size_divisor=None', None),  # of training
+    ],
+)
+def test_preprocessor_that_pads_is_refused(text, change, told):
+    model = built(text.replace(PREPROCESSOR, f'{PREPROCESSOR}, {change}'))
+    bands = stream.bands_of(picture_of(40, 16), 8)
+    run = (
+        (lambda: list(stream.segment(model, bands, 40)))
+        if hasattr(model, 'decode_head')
+        else (lambda: stream.classify(model, bands, 40))
+    )
+    if told is None:
+        assert run()
+        return
+    with pytest.raises(LaunchError, match='is not padded, and the data preprocessor') as refusal:
+        run()
+    assert f'({told}): take model.data_preprocessor.' in str(refusal.value)
+
+
+def test_label_map_that_cannot_be_saved_is_told(monkeypatch, capsys):
+    built(SEGMENTOR)
+    np.save('picture.npy', picture_of(16, 16))
+
+    def full(*_args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Image.Image, 'save', full)
+    assert main_stream(['config.py', 'model.pth', 'picture.npy', '--device', 'cpu']) == 1
+    error = capsys.readouterr().err
+    assert 'cannot be written to picture_labels.png: [Errno 28] No space left' in error
+
+
+@pytest.mark.parametrize('out', ['labels.PNG', None])
+def test_classifier_does_not_ask_for_a_file_and_endings_may_be_upper_case(out):
+    np.save('picture.npy', picture_of(16, 16))
+    Path('picture_labels.png').mkdir()
+    built(CLASSIFIER if out is None else SEGMENTOR)
+    command = ['config.py', 'model.pth', 'picture.npy', '--device', 'cpu']
+    assert main_stream(command if out is None else [*command, '--out', out]) == 0
+    assert out is None or Image.open(out).size == (16, 16)
+
+
+@pytest.mark.parametrize(
     ('options', 'message'),
     [
         (['model.pth', 'none.png'], 'There is no picture none.png'),
@@ -189,10 +252,22 @@ def test_classifier_with_a_neck_is_refused():
         (['model.pth', 'bad.npy'], 'hold bytes (H, W, 3), at least one pixel, got float64 (2, 2)'),
         (['model.pth', 'text.npy'], 'text.npy cannot be read as an array'),
         (['model.pth', 'deep.png'], 'deep.png has more than 8 bits a channel (I;16)'),
-        (['model.pth', 'picture.npy', '--out', 'x/y.png'], '--out must be a .png file in a folder'),
-        (['model.pth', 'picture.npy', '--out', 'y.png'], '--out is for label maps'),
+        (['model.pth', 'empty.npy'], 'empty.npy cannot be read as an array'),
+        (['model.pth', 'zip.npy'], 'zip.npy cannot be read as an array'),
+        (['model.pth', 'picture.npy', '--out', 'x/y.png'], 'no folder x; make it first'),
+        (['model.pth', 'picture.npy', '--out', ''], '--out must name a file, got nothing'),
+        (['model.pth', 'picture.npy', '--out', 'y.jpg'], '--out must be a .png file, not y.jpg'),
+        (['model.pth', 'picture.npy', '--out', 'dir.png'], 'got the folder dir.png'),
+        (['model.pth', 'picture.npy', '--out', '/proc/y.png'], '/proc/y.png cannot be written'),
+        (['model.pth', 'deep.png', '--out', './deep.png'], 'is the picture deep.png itself'),
+        (['model.pth', 'deep.png', '--out', 'link.png'], 'is the picture deep.png itself'),
+        (['none.pth', 'picture.npy', '--out', 'y.png'], '--out is for label maps'),
         (['none.pth', 'picture.npy'], 'There is no checkpoint file none.pth'),
         (['model.pth', 'picture.npy', '--band', '0'], '--band must be at least 1, not 0'),
+        (
+            ['model.pth', 'picture.npy', '--cfg-options', 'model.head.num_classes=abc'],
+            'LinearClsHead cannot be built (TypeError: ',
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(options, message, capsys):
@@ -200,11 +275,17 @@ def test_mistakes_are_told_in_one_sentence(options, message, capsys):
     np.save('picture.npy', picture_of(16, 16))
     np.save('bad.npy', np.zeros((2, 2)))
     Path('text.npy').write_text('text')
+    Path('empty.npy').touch()
+    np.savez('zip.npz', a=np.zeros(2))
+    Path('zip.npz').rename('zip.npy')
+    Path('dir.png').mkdir()
+    Path('link.png').symlink_to('deep.png')
     Image.fromarray(np.zeros((4, 4), np.uint16)).save('deep.png')
     assert main_stream(['config.py', *options, '--device', 'cpu']) == 1
     error = capsys.readouterr().err
     assert message in error
     assert 'Traceback' not in error
+    assert not Path('y.png').exists()
 
 
 def test_classes_are_named_as_in_the_checkpoint(capsys):

@@ -161,7 +161,7 @@ def changed(index, function):
         (changed(1, lambda k: k[:, :5]), ValueError, r'got q \(2, 6, 3, 4\), k \(2, 5, 3, 4\)'),
         (changed(2, lambda v: v[:, :5]), ValueError, r'q and v must agree in \(B, T, H\), got q'),
         (changed(2, lambda v: v[0]), ValueError, r'v must be \(B, T, H, V\), got \(6, 3, 5\)'),
-        (changed(0, lambda q: q[:, :0]), ValueError, r'q must not be empty, got \(2, 0, 3, 4\)'),
+        (changed(0, lambda q: q[..., :0]), ValueError, r'q must not be empty, got \(2, 6, 3, 0\)'),
         (changed(1, lambda k: k.half()), TypeError, r'got torch.float32 and torch.float16'),
         (changed(0, lambda q: q.long()), TypeError, r'q must be float32, .* got torch.int64'),
         (changed(2, lambda v: 3.0), TypeError, r'v must be a tensor, got float'),
@@ -202,3 +202,15 @@ def test_bad_options_are_refused(function, kwargs, error, message):
 def test_unknown_backend_is_refused():
     with pytest.raises(BackendUnavailableError, match="no backend 'tritn'; choose one of auto, "):
         retention(*retention_inputs(1, 3, 1, 2, 2), backend='tritn')
+
+
+def test_only_the_tokens_may_be_none():
+    q, k, v, log_gamma = detached(retention_inputs(2, 3, 2, 3, 4))
+    with pytest.raises(ValueError, match=r'^retention: q must not be empty, got \(2, 0, 2, 3\)'):
+        retention(q[:, :0], k[:, :0], v[:, :0], log_gamma)
+    with pytest.raises(ValueError, match=r'^retention_with_state: v must not be empty, got'):
+        retention_with_state(q[:, :0], k[:, :0], v[:, :0, :, :0], log_gamma)
+    with pytest.raises(ValueError, match=r'^retention_with_state: hw \(1, 3\) stands for 3 tokens'):
+        retention_with_state(q[:, :0], k[:, :0], v[:, :0], log_gamma, (1, 3))
+    with pytest.raises(ValueError, match=r'^retention_with_state: state must be \(2, 2, 3, 4\)'):
+        retention_with_state(q[:, :0], k[:, :0], v[:, :0], log_gamma, None, torch.zeros(2))

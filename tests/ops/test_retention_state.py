@@ -138,6 +138,38 @@ def test_state_carried_over_a_thousand_pieces(hw):
     assert relative_rms(state, left) < 1e-4
 
 
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'triton', 'reference'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, F64], ids=['bf16', 'f64'])
+@pytest.mark.parametrize('hw', [None, (0, 3), (0, 1)])
+def test_empty_piece_leaves_the_state_as_it_was(hw, dtype, backend):
+    *tokens, log_gamma = retention_inputs(2, 4, 2, 3, 5, dtype)
+    tokens = [t[:, :0].detach().requires_grad_() for t in tokens]
+    shape = (2, 2, *(() if hw is None else (hw[1],)), 3, 5)
+    wide = F64 if dtype == F64 else torch.float32
+    for state in (None, torch.randn(shape, dtype=wide, requires_grad=True)):
+        o, left = retention_with_state(*tokens, log_gamma, hw, state, backend=backend)
+        assert o.shape == (2, 0, 2, 5)
+        assert o.dtype == dtype
+        assert left.dtype == wide
+        assert torch.equal(left, torch.zeros(shape, dtype=wide) if state is None else state)
+        assert left is not state
+        weight = torch.randn(shape, dtype=wide)
+        (o.sum() + (left * weight).sum()).backward()
+        assert all(t.grad is not None for t in tokens)
+        assert state is None or torch.equal(state.grad, weight)
+
+
+@pytest.mark.parametrize('hw', [None, (2, 3)])
+def test_empty_pieces_between_others_change_nothing(hw):
+    inputs = retention_inputs(1, 12, 2, 3, 4, F64)
+    none = None if hw is None else (0, 3)
+    pieces = [(slice(0, 6), hw), (slice(6, 12), hw)]
+    expected = streamed(inputs, hw, pieces)
+    empty = (slice(0, 0), none)
+    y, state = streamed(inputs, hw, [empty, pieces[0], empty, pieces[1], empty])
+    torch.testing.assert_close((y, state), expected)
+
+
 def test_strided_inputs_and_states():
     q, k, v, log_gamma = detached(retention_inputs(2, 26, 3, 4, 5))
     strided = [t.mT.contiguous().mT for t in (q, k, v)]

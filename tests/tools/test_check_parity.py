@@ -103,6 +103,86 @@ def test_unknown_family_is_named(tmp_path, meta, monkeypatch, capsys):
     assert printed.out == 'small - - - FAIL\n'
 
 
+@pytest.mark.parametrize(
+    ('name', 'told'),
+    [
+        ('empty', 'it is no whole .npz file'),
+        ('text', 'it is no whole .npz file'),
+        ('cut', 'it is no whole .npz file'),
+        ('changed', 'it is no whole .npz file'),
+        ('array', 'it is no whole .npz file'),
+        ('bare', "it lacks the entry 'meta'"),
+        ('list', 'its meta must be an object'),
+        ('part', 'its meta lacks kwargs, batch.'),
+        ('norms', 'its meta lacks grad_names.'),
+        ('vir', 'its meta lacks retention.'),
+        ('softmax', "mode must be one of parallel, recurrent, chunkwise, got 'softmax'."),
+    ],
+)
+def test_broken_case_is_told_and_the_others_are_checked(
+    tmp_path, meta, monkeypatch, capsys, name, told
+):
+    arrays = independent_arrays(meta)
+    good = write(tmp_path / 'small.npz', meta, arrays)
+    content = Path(good).read_bytes()
+    broken = tmp_path / f'{name}.npz'
+    files = {
+        'empty': b'',
+        'text': b'text',
+        'cut': content[: len(content) // 2],
+        'changed': content[:4000] + bytes(100) + content[4100:],
+    }
+    metas = {
+        'list': ['small'],
+        'part': {key: value for key, value in meta.items() if key not in ('kwargs', 'batch')},
+        'norms': {key: value for key, value in meta.items() if key != 'grad_names'},
+        'vir': meta | {'family': 'vir'},
+        'softmax': meta | {'family': 'vir', 'retention': '1d', 'mode': 'softmax'},
+    }
+    if name in files:
+        broken.write_bytes(files[name])
+    elif name == 'array':
+        with broken.open('wb') as file:
+            np.save(file, np.zeros(3))
+    elif name == 'bare':
+        np.savez(broken, **arrays)
+    else:
+        write(broken, metas[name], arrays)
+    assert run(monkeypatch, str(broken), good) == 1
+    printed = capsys.readouterr()
+    assert f'{broken}: {told}' in printed.err
+    assert len(printed.err.splitlines()) == 1
+    first, *others = printed.out.splitlines()
+    assert first == f'{name} - - - FAIL'
+    assert len(others) == len(arrays)
+    assert all(line.endswith(' PASS') for line in others)
+
+
+def test_case_that_breaks_the_tool_does_not_stop_it(tmp_path, meta, monkeypatch, capsys):
+    arrays = independent_arrays(meta)
+    odd = write(tmp_path / 'odd.npz', meta | {'grad_names': ['unknown']}, arrays)
+    assert run(monkeypatch, odd, write(tmp_path / 'small.npz', meta, arrays)) == 1
+    printed = capsys.readouterr()
+    assert "KeyError: 'unknown'" in printed.err
+    assert printed.out.startswith('odd - - - FAIL\nsmall out0 ')
+    assert printed.out.count('PASS') == len(arrays)
+
+
+@pytest.mark.parametrize(
+    ('device', 'told'),
+    [
+        ('gpu', '--device takes auto, cpu, cuda or cuda:N, got gpu.'),
+        ('cuda', '--device cuda: PyTorch '),
+    ],
+)
+def test_device_that_is_not_there_is_told(tmp_path, monkeypatch, capsys, device, told):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    assert run(monkeypatch, str(tmp_path / 'none.npz'), '--device', device) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f'check_parity.py: {told}')
+    assert not printed.out
+
+
 def test_missing_case_is_named(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, str(tmp_path / 'none.npz')) == 1
     printed = capsys.readouterr()

@@ -19,6 +19,8 @@ import json
 import math
 import sys
 import tempfile
+import traceback
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linvis.engine.devices import resolve_placement
+from linvis.engine.errors import LaunchError
 from linvis.models import VRWKV, ViG, ViGHierarchical, ViR
 from linvis.utils.checkpoint import load_state_dict_into
 from linvis.utils.layouts import to_openmmlab_names
@@ -43,7 +47,14 @@ class Family(NamedTuple):
     entry: str  # of the file
     prefix: str = ''  # of the names
     outputs: tuple[str, ...] = ()  # names of the arrays; none: out0, out1, ..
+    entries: tuple[str, ...] = ()  # what the `meta` of its cases has beside the entries of all
 
+
+# What the `meta` of every case has.
+ENTRIES = ('case', 'family', 'kwargs', 'manifest', 'batch', 'height', 'width', 'image_seed')
+
+# Forms of retention by which a case may have been computed.
+RETENTION_MODES = ('parallel', 'recurrent', 'chunkwise')
 
 # Arguments that tell how to train or initialise, which a loaded model does not depend on.
 TRAINING = {'drop_path_rate', 'drop_rate', 'init_mode', 'init_cfg', 'pretrained', 'with_cp'}
@@ -183,11 +194,17 @@ def build_vig_hierarchical(kwargs: Mapping[str, Any], with_classes: bool) -> nn.
 
 
 def build_vir(case: Mapping[str, Any]) -> nn.Module:
-    """ViR from the constructor arguments of the authors' class and what the case says of its form.
+    """ViR from the constructor arguments of the authors' class and the decay that the case names.
+
+    The form that computed the case, `mode`, chooses nothing here: without the authors' softmax all
+    forms are one function, by the tests of retention, and compared is the form that users run.
 
     Raises:
-        ValueError: If an argument asks for what ViR of this project does not have.
+        ValueError: If an argument or the mode asks for what ViR of this project does not have.
     """
+    mode = case.get('mode')
+    if mode is not None and mode not in RETENTION_MODES:
+        raise ValueError(f'mode must be one of {", ".join(RETENTION_MODES)}, got {mode!r}.')
     kwargs = case['kwargs']
     fixed = {'mlp_ratio': 4.0, 'qkv_bias': True, 'global_pool': 'token_last'}
     translated = {'img_size': 'img_size', 'patch_size': 'patch_size', 'in_chans': 'in_channels'}
@@ -237,7 +254,7 @@ FAMILIES = {
     'vig': Family(lambda case: build_vig(case['kwargs']), 'model'),
     'vig_h': Family(lambda case: build_vig_hierarchical(case['kwargs'], True), 'model'),
     'vig_h_backbone': Family(lambda case: build_vig_hierarchical(case['kwargs'], False), 'model'),
-    'vir': Family(build_vir, 'state_dict', outputs=('tokens', 'logits')),
+    'vir': Family(build_vir, 'state_dict', outputs=('tokens', 'logits'), entries=('retention',)),
 }
 
 
@@ -287,14 +304,9 @@ def compute(meta: Mapping[str, Any], with_gradients: bool, device: str) -> dict[
     """What our model gives for a case, under the names of the case's arrays.
 
     Raises:
-        ValueError: If the family is unknown or its arguments are.
+        ValueError: If an argument of the model is unknown.
         CheckpointError: If the checkpoint layout of the case is not that of the model.
     """
-    if meta['family'] not in FAMILIES:
-        raise ValueError(
-            f'The family {meta["family"]!r} of case {meta["case"]} is unknown; '
-            f'known are {", ".join(FAMILIES)}.'
-        )
     family = FAMILIES[meta['family']]
     model = family.build(meta)
     with tempfile.TemporaryDirectory() as folder:
@@ -337,18 +349,53 @@ def relative_error(ours: np.ndarray, recorded: np.ndarray) -> float:
     return float(np.linalg.norm(ours - recorded) / np.linalg.norm(recorded))
 
 
+def read_case(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The `meta` of a case and its other arrays.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is no case, lacks something, or is of a family that is not known here.
+    """
+    try:
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as case:
+            arrays = {name: case[name] for name in case.files}
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f'it is no whole .npz file ({error}).') from None
+    if 'meta' not in arrays:
+        raise ValueError("it lacks the entry 'meta', so it is no case.")
+    meta = json.loads(arrays.pop('meta').tobytes())
+    if not isinstance(meta, dict):
+        raise ValueError(f'its meta must be an object, got {meta!r}.')
+    _require(meta, ENTRIES)
+    if meta['family'] not in FAMILIES:
+        raise ValueError(
+            f'The family {meta["family"]!r} of case {meta["case"]} is unknown; '
+            f'known are {", ".join(FAMILIES)}.'
+        )
+    with_gradients = ('grad_names',) if 'grad_input' in arrays else ()
+    _require(meta, (*FAMILIES[meta['family']].entries, *with_gradients))
+    return meta, arrays
+
+
+def _require(meta: Mapping[str, Any], entries: Sequence[str]) -> None:
+    missing = [entry for entry in entries if entry not in meta]
+    if missing:
+        raise ValueError(f'its meta lacks {", ".join(missing)}.')
+
+
 def check(path: Path, device: str) -> bool:
     """Compare one case and tell whether all arrays are within the bound.
 
     Prints a line for each array. A case that cannot be computed fails with the reason on stderr.
     """
     try:
-        with np.load(path, allow_pickle=False) as case:
-            arrays = {name: case[name] for name in case.files}
-        meta = json.loads(arrays.pop('meta').tobytes())
+        meta, arrays = read_case(path)
         ours = compute(meta, 'grad_input' in arrays, device)
-    except (OSError, KeyError, ValueError) as reason:
-        print(f'{path}: {reason}', file=sys.stderr)
+    except Exception as reason:
+        if isinstance(reason, (OSError, ValueError)):
+            print(f'{path}: {reason}', file=sys.stderr)
+        else:  # a bug here or in a case, which must not keep the other cases from being checked
+            traceback.print_exc()
         print(f'{path.stem} - - - FAIL')
         return False
     passed = True
@@ -364,9 +411,16 @@ def main() -> int:
     """Check the cases of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
     parser.add_argument('cases', nargs='+', type=Path, metavar='CASE.npz')
-    parser.add_argument('--device', default='cpu', help='device of the model (default: cpu)')
+    parser.add_argument(
+        '--device', default='cpu', help='auto (a GPU if there is one), cpu, cuda, cuda:N'
+    )
     args = parser.parse_args()
-    results = [check(path, args.device) for path in args.cases]
+    try:
+        device = resolve_placement(args.device, 'none').device
+    except LaunchError as error:
+        print(f'{parser.prog}: {error}', file=sys.stderr)
+        return 1
+    results = [check(path, device) for path in args.cases]
     return 0 if all(results) else 1
 
 

@@ -94,7 +94,8 @@ def retention_with_state(
 
     The outputs of the pieces, one after the other, are that of `retention` for the whole. A grid
     comes in bands of whole rows; a class token comes with the last one, or after it, by itself,
-    with hw = (0, columns).
+    with hw = (0, columns). A piece may be empty (T = 0): so is its output then, and the state stays
+    as it was, zeros for the first piece; no backend has to run for it.
 
     Args:
         q: Queries of this piece, shape (B, T, H, K), float32, float16, bfloat16 or float64.
@@ -123,7 +124,7 @@ def retention_with_state(
             number.
         BackendUnavailableError: If the named backend cannot run these inputs; the message says why.
     """
-    _check_inputs(WITH_STATE, q, k, v, log_gamma, scale)
+    _check_inputs(WITH_STATE, q, k, v, log_gamma, scale, least_tokens=0)
     columns = _columns_of(WITH_STATE, q, hw, least_rows=0)
     if direction != 'causal':
         raise ValueError(
@@ -137,22 +138,32 @@ def retention_with_state(
     backend = _dispatch.requested_backend(NAME, backend)
     if backend == 'auto' and _needs_gradient(log_gamma):
         backend = _dispatch.REFERENCE
+    if backend != _dispatch.REFERENCE:
+        _check_constant(WITH_STATE, log_gamma)
     with without_autocast(q):
-        if backend == _dispatch.REFERENCE:
+        if q.shape[1] == 0:
+            o = (q * k).sum(-1, keepdim=True) * v  # of no elements, and differentiable
+            o, state = add_state(o, q, k, v, log_gamma, columns, scale, state)
+        elif backend == _dispatch.REFERENCE:
             o, state = retention_chunked_with_state(q, k, v, log_gamma, columns, scale, state)
         else:
-            _check_constant(WITH_STATE, log_gamma)
             o = op.retention_fwd(q, k, v, log_gamma, columns, False, scale, backend)
             o, state = add_state(o, q, k, v, log_gamma, columns, scale, state)
     return o, state[:, :, 0] if plain else state
 
 
 def _check_inputs(
-    name: str, q: Tensor, k: Tensor, v: Tensor, log_gamma: Tensor, scale: float | None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gamma: Tensor,
+    scale: float | None,
+    least_tokens: int = 1,
 ) -> None:
     """Raise unless the tensors fit each other and scale is a number or None."""
     _checks.check_tensors(name, q=q, k=k, v=v, log_gamma=log_gamma)
-    _checks.check_heads(name, q, k, v)
+    _checks.check_heads(name, q, k, v, least_tokens)
     _checks.check_channels(name, q.shape[2], q.dtype, log_gamma=log_gamma)
     _checks.check_device(name, [('q', q), ('k', k), ('v', v), ('log_gamma', log_gamma)])
     _checks.check_scale(name, scale)

@@ -101,7 +101,7 @@ def _rows_of(x: Tensor, columns: int) -> Tensor:
     if x.shape[1] % columns:
         empty = x.new_zeros(x.shape[0], columns - 1, *x.shape[2:])
         x = torch.cat([x[:, :-1], empty, x[:, -1:]], 1)
-    return x.unflatten(1, (-1, columns))
+    return x.unflatten(1, (x.shape[1] // columns, columns))
 
 
 def _add(o: Tensor, share: Tensor, decay: Tensor, scale: float) -> None:
