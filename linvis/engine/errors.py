@@ -67,7 +67,8 @@ def user_sentence(error: BaseException, task: str = 'train') -> str | None:
         return f'{text}{_near_argument(error, text)}: check the config.'
     built = _model_of_library(error)
     if built is not None:
-        return f'{built} cannot be built ({type(error).__name__}: {text}): check the config.'
+        reason = f'{type(error).__name__}: {text}' if text else type(error).__name__
+        return f'{built} cannot be built ({reason}): check the config.'
     if text.startswith(('Class Index must be less than', 'Class values must be smaller than')):
         return (
             'A label is not below model.head.num_classes: set that to the number of classes, which '

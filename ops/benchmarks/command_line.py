@@ -51,6 +51,8 @@ def out_file_or_folder(text: str) -> Path:
 
     What is a folder exists, so `Path.is_dir` tells which of the two it is.
     """
+    if not text:
+        raise argparse.ArgumentTypeError('expected a file or a folder, got nothing')
     path = Path(text)
     try:
         if not text.endswith('/') and not path.is_dir():

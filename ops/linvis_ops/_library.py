@@ -113,7 +113,8 @@ class Operator:
         PyTorch refuses too, in words that name neither operator nor remedy.
         """
         levels = torch._C._functorch.get_interpreter_stack() or ()
-        if torch._C._functorch.TransformType.Grad not in (level.key() for level in levels):
+        asked = torch._C._functorch.TransformType.Grad in (level.key() for level in levels)
+        if not (asked and torch.is_grad_enabled()):
             return
         flat, _ = _flatten(args)
         if any(isinstance(arg, Tensor) and _is_tracked(arg) for arg in flat):

@@ -148,7 +148,8 @@ class StandIn:
         monkeypatch.setattr(vir_stream, 'captured', self.capture)
         monkeypatch.setattr(vir_stream, 'check_gpu', lambda device: None)
 
-    def capture(self, launch):
+    def capture(self, launch, device):
+        assert device.type == 'cpu'
         before = [value.clone() for value in self.fixed]
         outputs = launch()
         for value, old in zip(self.fixed, before, strict=True):
@@ -208,10 +209,38 @@ def test_graph_can_be_made_in_one_inference_mode_and_used_outside(monkeypatch):
     torch.testing.assert_close(torch.cat(parts, 2), backbone(images)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_autocast_that_begins_or_ends_between_bands_is_followed(monkeypatch):
+    graphs = StandIn(monkeypatch)
+    enabled = []
+    monkeypatch.setattr(vir_stream, 'autocast_of', lambda: enabled[-1])
+    backbone = randomised(ViR(ARCH, img_size=64, patch_size=8))
+    bands = backbone.stream(torch.randn(1, 3, 64, 24).split(8, dim=2), 64, cuda_graph=True)
+    replayed = []
+    for autocast in (None, None, None, torch.bfloat16, torch.bfloat16, None, None, None):
+        enabled.append(autocast)
+        next(bands)
+        replayed.append(graphs.replayed)
+    # the last band has the class token
+    assert replayed == [0, 0, 1, 1, 1, 2, 3, 3]
+
+
 def test_graph_without_a_gpu_is_refused():
     backbone = ViR(ARCH, img_size=64, patch_size=8)
     with pytest.raises(ValueError, match='cuda_graph=True needs bands on a CUDA GPU, got cpu'):
         next(backbone.stream([torch.zeros(1, 3, 16, 16)], 16, cuda_graph=True))
+
+
+@pytest.mark.gpu
+def test_graph_on_a_gpu_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip('needs two GPUs')
+    backbone = randomised(ViR(ARCH, img_size=64, patch_size=8)).to('cuda:1')
+    images = torch.randn(1, 3, 320, 120, device='cuda:1')
+    parts = [
+        torch.cat([x for (x,) in backbone.stream(images.split(64, dim=2), 320, cuda_graph=on)], 2)
+        for on in (False, True)
+    ]
+    assert torch.equal(*parts)
 
 
 @pytest.mark.gpu

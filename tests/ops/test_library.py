@@ -221,6 +221,13 @@ def test_functional_gradients_are_refused_with_the_remedy(name):
             transformed(given)
     assert torch.func.grad(lambda x: total(x, 'reference'))(x).abs().max() > 0
 
+    def weighted(x):  # by numbers of which no gradient is wanted
+        with torch.no_grad():
+            weights = total(x)
+        return (x * weights).sum()
+
+    assert torch.equal(torch.func.grad(weighted)(x), total(x).detach().expand_as(x))
+
 
 @pytest.mark.parametrize('name', ['bi_wkv', 'bi_gla', 'retention', 'q_shift', 'q_shift_mix'])
 def test_tangents_are_refused_and_not_dropped(name):

@@ -139,12 +139,14 @@ class Way(NamedTuple):
 def ways_of(args: argparse.Namespace) -> list[Way]:
     """What is measured at each height."""
     bands = {'stream': args.band, 'recurrent': [1]}
-    return [
+    ways = [
         Way(form, launch, band)
         for form in args.form
         for launch in (args.launch if form in STREAMED else ['host'])
         for band in bands.get(form, [None])
     ]
+    # graphs last: PyTorch keeps a workspace of theirs, which would count in what follows
+    return sorted(ways, key=lambda way: way.launch == 'graph')
 
 
 def backend_on(device: str) -> str:

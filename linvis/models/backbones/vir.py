@@ -216,7 +216,8 @@ class ViR(TokenBackbone):
             height: Rows of pixels of the whole picture.
             cuda_graph: Launch the layers as a CUDA graph from the third band of one size on. A band
                 has hundreds of launches, for which a GPU waits longer than it computes; the graph
-                has memory of its own.
+                has memory of its own. It is made of the weights and settings that the backbone has
+                then: leave these alone until the last band.
 
         Yields:
             One tensor for each output index: with out_type 'featmap' and 'raw' for each band (the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ class GraphedLayers(Layers):
             ValueError: If the tokens are on no GPU.
         """
         check_gpu(tokens.device)
-        band = (hw, tokens.shape, tokens.dtype, tokens.device)
+        band = (hw, tokens.shape, tokens.dtype, tokens.device, autocast_of())
         if self._captured is None and band == self._seen:
             self._capture(tokens, hw)
             self._captured = band
@@ -102,27 +103,41 @@ class GraphedLayers(Layers):
         # what autocast has cast would be read where it lies now; what it casts belongs to the graph
         torch.clear_autocast_cache()
         self._outputs, self._replay = captured(
-            lambda: super(GraphedLayers, self).__call__(self._tokens, hw)
+            lambda: super(GraphedLayers, self).__call__(self._tokens, hw), tokens.device
         )
         torch.clear_autocast_cache()
 
 
 def captured(
-    launch: Callable[[], tuple[Tensor, ...]],
+    launch: Callable[[], tuple[Tensor, ...]], device: torch.device
 ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     """A function's launches as a CUDA graph.
 
     Args:
         launch: Has run before, so that its kernels are there. Its launches are recorded, not run.
+        device: The GPU that they are for.
 
     Returns:
         The tensors that it gives, and a function that runs the launches and fills them.
     """
-    graph = torch.cuda.CUDAGraph()
-    # other threads, as of a data loader, may ask for memory meanwhile
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
-        outputs = launch()
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        # other threads, as of a data loader, may ask for memory meanwhile
+        stream = _stream_of_captures(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
+            outputs = launch()
     return outputs, graph.replay
+
+
+@functools.cache
+def _stream_of_captures(device: torch.device) -> torch.cuda.Stream:
+    """The same for all graphs of a device: PyTorch keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def autocast_of() -> torch.dtype | None:
+    """The dtype that autocast gives products on a GPU, if it is on."""
+    return torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
 
 
 def check_gpu(device: torch.device) -> None:

@@ -209,6 +209,8 @@ def test_file_that_can_be_written_is_left_as_it_is(check, tmp_path):
 
 
 def test_folders_are_places_for_named_files_only(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match='got nothing'):
+        command_line.out_file_or_folder('')
     assert command_line.out_file_or_folder(str(tmp_path)) == tmp_path
     assert command_line.out_file_or_folder(f'{tmp_path}/') == tmp_path
     for text in (str(tmp_path), f'{tmp_path}/', f'{tmp_path}/nowhere/'):
